@@ -1,0 +1,1 @@
+"""Model families, one file each. A new family is a new file with ``ADAPTERS``; nothing is listed here."""

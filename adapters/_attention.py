@@ -1,0 +1,141 @@
+"""Attention statistics from queries and keys: a few rows or column means, never a whole map kept, whatever kernel the model uses."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlprune.errors import UnsupportedModelError
+
+#: Upper bound on the number of float32 logits that exist at a time.
+CHUNK_LOGITS = 1 << 24
+
+
+def project(attn: nn.Module, states: Tensor, which: str) -> Tensor:
+    """Apply the query (``"q"``) or key (``"k"``) projection and its norm: (B, L, D) to (B, H, L, d), before rotation."""
+    name = {"q": ("q_proj", "query", "to_q"), "k": ("k_proj", "key", "to_k")}[which]
+    linear = next((getattr(attn, n) for n in name if isinstance(getattr(attn, n, None), nn.Module)), None)
+    if linear is not None:
+        out = linear(states)
+    else:
+        fused = next((getattr(attn, n) for n in ("qkv", "qkv_proj", "c_attn") if isinstance(getattr(attn, n, None), nn.Module)), None)
+        if fused is None:
+            raise UnsupportedModelError(f"{type(attn).__name__}: looked for q_proj/k_proj or a fused qkv projection and found neither")
+        out = fused(states)
+        width = out.shape[-1]
+        heads_q, heads_kv, head_dim = head_counts(attn, width)
+        start, count = (0, heads_q) if which == "q" else (heads_q, heads_kv)
+        out = out[..., start * head_dim : (start + count) * head_dim]
+    head_dim = _head_dim(attn, out.shape[-1], which)
+    heads = out.unflatten(-1, (-1, head_dim))                            # (B, L, H, d)
+    norm = getattr(attn, f"{which}_norm", None)
+    if isinstance(norm, nn.Module):
+        heads = norm(heads)
+    return heads.transpose(1, 2)
+
+
+def head_counts(attn: nn.Module, fused_width: int) -> tuple[int, int, int]:
+    """Query heads, key-value heads and head width of a module with one fused projection."""
+    heads = int(getattr(attn, "num_heads", 0) or attn.config.num_attention_heads)  # type: ignore[union-attr]
+    head_dim = int(getattr(attn, "head_dim", 0) or fused_width // (3 * heads))
+    return heads, (fused_width // head_dim - heads) // 2, head_dim
+
+
+def _head_dim(attn: nn.Module, width: int, which: str) -> int:
+    head_dim = getattr(attn, "head_dim", None)
+    if head_dim:
+        return int(head_dim)
+    config = getattr(attn, "config", None)
+    heads = getattr(attn, "num_heads", None) or getattr(config, "num_attention_heads", None)
+    if not heads:
+        raise UnsupportedModelError(f"{type(attn).__name__}: looked for head_dim or num_heads and found neither")
+    return width // int(heads)
+
+
+def rotate(attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (B, H, L, d) queries or keys with the model's own rotary function."""
+    module = sys.modules[type(attn).__module__]
+    sections = getattr(attn, "rope_parameters", None) or getattr(getattr(attn, "config", None), "rope_parameters", None) or {}
+    multimodal = getattr(module, "apply_multimodal_rotary_pos_emb", None)
+    if multimodal is not None and "mrope_section" in sections:
+        return multimodal(x, x, cos, sin, sections["mrope_section"])[0]  # type: ignore[no-any-return]
+    return module.apply_rotary_pos_emb(x, x, cos, sin)[0]  # type: ignore[no-any-return]
+
+
+def scale_of(attn: nn.Module, head_dim: int) -> float:
+    """The factor on the logits."""
+    scale = getattr(attn, "scaling", None) or getattr(attn, "scale", None)
+    return float(scale) if isinstance(scale, (int, float)) else head_dim**-0.5
+
+
+def attention_rows(attn: nn.Module, queries: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
+    """Head-mean attention rows, softmax in float32.
+
+    Args:
+        attn: the module, for its scale and soft cap.
+        queries: (G, H, T, d) rotated. keys: (G, Hkv, S, d) rotated.
+        allowed: (G, 1, T, S) bool or additive mask, or ``None``.
+
+    Returns:
+        (G, T, S) float32; every row sums to one.
+    """
+    groups = queries.shape[1] // keys.shape[1]
+    scale = scale_of(attn, queries.shape[-1])
+    grouped = (queries.float() * scale).unflatten(1, (keys.shape[1], groups))            # (G, Hkv, r, T, d)
+    logits = (grouped @ keys.float().transpose(-1, -2)[:, :, None]).flatten(1, 2)        # (G, H, T, S)
+    cap = getattr(attn, "attn_logit_softcapping", None)
+    if cap:
+        logits = torch.tanh(logits / cap) * cap
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, float("-inf")) if allowed.dtype == torch.bool else logits + allowed.float()
+    return logits.softmax(dim=-1).mean(dim=1)
+
+
+def column_mean(queries: Tensor, keys: Tensor, scale: float, lengths: list[int] | None = None) -> Tensor:
+    """Attention received: mean over heads and over all queries of the softmaxed attention, in chunks of query rows.
+
+    Args:
+        queries: (B, H, S, d). keys: (B, H, S, d); full, bidirectional attention.
+        scale: on the logits.
+        lengths: for packed sequences (B = 1): lengths of the segments that attend to themselves only.
+
+    Returns:
+        (B, S) float32. Memory is linear in S.
+    """
+    if lengths is not None:
+        parts = zip(queries.split(lengths, dim=2), keys.split(lengths, dim=2), strict=True)
+        return torch.cat([column_mean(q, k, scale) for q, k in parts], dim=1)
+    batch, heads, length, _ = queries.shape
+    keys_t = keys.float().transpose(-1, -2)
+    received = torch.zeros(batch, heads, length, device=queries.device)
+    rows = max(1, min(length, CHUNK_LOGITS // max(1, batch * heads * length)))
+    for start in range(0, length, rows):
+        logits = (queries[:, :, start : start + rows].float() * scale) @ keys_t          # (B, H, rows, S)
+        received += logits.softmax(dim=-1).sum(dim=2)
+    return received.mean(dim=1) / length
+
+
+def mask_rows(mask: Any, slots: Tensor, rows: Tensor, past: int, num_keys: int, key_valid: Tensor | None) -> Tensor:
+    """Part of a layer's mask for a few queries.
+
+    Args:
+        mask: what the layer got: (B, 1, Q, S) bool or additive, (B, S), or ``None`` (causal).
+        slots: (G, T) the queries' places among the layer's current tokens. rows: (G,) batch rows.
+        past: entries that were in the cache before. num_keys: past and current entries.
+        key_valid: (B, S) false on filler entries, or ``None``.
+
+    Returns:
+        (G, 1, T, S) bool or additive.
+    """
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        own = mask[rows] if mask.shape[0] > 1 else mask.expand(rows.shape[0], -1, -1, -1)
+        picked = torch.gather(own, 2, slots[:, None, :, None].expand(-1, own.shape[1], -1, own.shape[3]))
+        return picked[..., :num_keys]
+    allowed = torch.arange(num_keys, device=slots.device)[None, None, :] <= (slots + past)[:, :, None]   # (G, T, S)
+    for padding in (mask, key_valid):
+        if isinstance(padding, Tensor):
+            allowed = allowed & padding[rows][:, None, :num_keys].bool()
+    return allowed[:, None]

@@ -1,0 +1,308 @@
+"""How a decoder is held: every layer's arguments are cut to the rows that are there, and the rows come back at the end.
+
+A decoder hands every layer the arguments of the full sequence. Pre-hooks on the layers cut them (one function, `_sequence`),
+stages shorten the hidden states, a hook on the last layer puts every row back in its place. Decoding needs no state of its own:
+the cache layers know which positions they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlprune.adapters import _sequence
+from vlprune.adapters._cache import KeyMap, PrunedLayer, wrap_cache
+from vlprune.adapters._decoder_taps import DecoderTaps, attention_of
+from vlprune.errors import UnsupportedCallError, UnsupportedModelError
+from vlprune.hooks import HookSet
+from vlprune.method import Bypass, LayerSkip
+from vlprune.protocols import Tap
+from vlprune.pruner import Collect, ItemState, Pruner, Session
+
+
+class DecoderEngine:
+    """The stages, taps and skips of a method on one decoder.
+
+    Args:
+        decoder: module with ``layers`` whose loop passes every layer the same keyword arguments.
+        can_renumber: whether position ids are one-dimensional, so that survivors can be renumbered.
+    """
+
+    def __init__(self, decoder: nn.Module, pruner: Pruner, *, can_renumber: bool = True) -> None:
+        self.decoder, self.pruner = decoder, pruner
+        self.layers: list[nn.Module] = list(decoder.layers)  # type: ignore[arg-type]
+        self.stages = pruner.stages("decoder")
+        self.taps = DecoderTaps(self.layers, pruner)
+        self.renumber = pruner.positions == "renumber" and bool(self.stages)
+        if self.renumber and not can_renumber:
+            raise UnsupportedModelError(
+                "positions='renumber' is not defined for multimodal (M-)RoPE ids with time, height and width. Use positions='preserve'."
+            )
+
+    @property
+    def backend(self) -> str:
+        """Name of the attention implementation."""
+        return str(getattr(self.decoder.config, "_attn_implementation", "") or "")
+
+    @property
+    def acts(self) -> bool:
+        """Whether there is anything to do in this decoder."""
+        method = self.pruner.method
+        return bool(self.stages or method.bypasses or method.layer_skips)
+
+    def attach(self, hooks: HookSet) -> None:
+        """Put the hooks on."""
+        if not self.acts:
+            return
+        if "flex" in self.backend:
+            raise UnsupportedModelError("flex attention masks cannot be cut; load the model with attn_implementation='sdpa' or 'eager'")
+        for number, layer in enumerate(self.layers):
+            hooks.before(layer, self._before_layer(number))
+        self.taps.attach(hooks)
+        for bypass in self.pruner.method.bypasses:
+            self._attach_bypass(hooks, bypass)
+        for skip in self.pruner.method.layer_skips:
+            hooks.wrap(self.layers[skip.layer], "forward", self._skipping(skip))
+        hooks.after(self.layers[-1], self._after_last, first=True)
+        hooks.after(self.decoder, self._after_decoder, first=True)
+
+    # going in
+
+    def _before_layer(self, number: int) -> Callable[..., Any]:
+        stages = self.stages.get(number, [])
+        bypasses = [b for b in self.pruner.method.bypasses if b.layer == number]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            session, cache = self.pruner.session, kwargs.get("past_key_values")
+            if number == 0 and (session is not None or self.pruner.method.layer_skips):
+                self._enter(session, cache, kwargs, hidden)
+            entry = self._entry(cache, number)
+            if session is None:
+                if entry is None or entry.keymap is None:
+                    return None
+                return args, self._cut_decode(kwargs, entry, hidden)
+            hidden = session.bring_back(number, hidden)
+            for stage in stages:
+                shortened = session.reduce(stage, hidden, self._collector(session, number, kwargs, entry, hidden))
+                hidden = hidden if shortened is None else shortened
+            session.trace.decoder_lengths.append(list(session.lengths))
+            kwargs = self._cut_prefill(session, kwargs, entry, self._bypass_rows(session, bypasses, hidden))
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        return hook
+
+    def _enter(self, session: Session | None, cache: Any, kwargs: dict[str, Any], hidden: Tensor) -> None:
+        """First layer: check the arguments, wrap the cache, note what came before."""
+        _sequence.check_aligned(kwargs, hidden.shape[1], type(self.layers[0]).__name__)
+        if cache is not None:
+            wrap_cache(cache, len(self.layers))
+        if session is not None:
+            entry = self._entry(cache, 0)
+            session.trace.past_length = 0 if entry is None else int(entry.length)
+            session.trace.kv_element_bytes = hidden.element_size()
+
+    @staticmethod
+    def _entry(cache: Any, number: int) -> PrunedLayer | None:
+        layers = getattr(cache, "layers", None)
+        if not layers or number >= len(layers):
+            return None
+        entry = layers[number]
+        return entry if isinstance(entry, PrunedLayer) else None
+
+    def _collector(self, session: Session, number: int, kwargs: dict[str, Any], entry: PrunedLayer | None, hidden: Tensor) -> Collect:
+        def collect(tap: Tap, group: list[ItemState]) -> Tensor:
+            if tap.tower == "decoder" and tap.layer == number:
+                current = self._cut_prefill(session, kwargs, entry, None, expect=False)
+                return self.taps.probe(session, tap, group, current, entry, hidden)
+            return torch.stack([session.signals[tap, id(state.item)][state.original] for state in group])
+
+        return collect
+
+    # cutting
+
+    def _cut_prefill(
+        self, session: Session, kwargs: dict[str, Any], entry: PrunedLayer | None, active: Tensor | None, *, expect: bool = True
+    ) -> dict[str, Any]:
+        """The layer's arguments for the rows that are there; tells the cache layer which positions it is about to get."""
+        index = session.index
+        keymap, past = self._next_keymap(session, entry, active)
+        if entry is not None and expect:
+            entry.pending = (keymap, past + session.layout.length)
+        if index is None and keymap is None and active is None:
+            return kwargs
+        memo, cut = session.memo, dict(kwargs)
+
+        def once(name: str, source: Any, make: Callable[[], Any]) -> Any:
+            key = (name, id(source), id(index), id(keymap), id(active))
+            if key not in memo:
+                memo[key] = (make(), source, index, keymap, active)      # the rest keeps the ids taken
+            return memo[key][0]
+
+        if index is not None:
+            if kwargs.get("position_embeddings") is not None:
+                cut["position_embeddings"] = once(
+                    "rotary", kwargs["position_embeddings"], lambda: self._rotary(session, kwargs, index, entry)
+                )
+            if kwargs.get("position_ids") is not None:
+                cut["position_ids"] = once("ids", kwargs["position_ids"], lambda: _sequence.take_rows(kwargs["position_ids"], index, -1))
+        if "attention_mask" in kwargs:
+            mask = kwargs["attention_mask"]
+            cut["attention_mask"] = once("mask", mask, lambda: self._mask(session, mask, keymap, entry, past, active))
+        return cut
+
+    def _mask(self, session: Session, mask: Any, keymap: KeyMap | None, entry: PrunedLayer | None, past: int, active: Tensor | None) -> Any:
+        length, index = session.layout.length, session.index
+        device = session.device
+        if index is None and keymap is None and active is None:
+            return mask
+        places = index if index is not None else torch.arange(length, device=device).expand(session.layout.num_rows, -1)
+        if entry is not None and keymap is not None:
+            columns, valid = keymap.positions(past + length, entry.slots)
+        else:
+            columns, valid = places, session.valid
+            if active is not None:
+                valid = active if valid is None else valid & active
+        return _sequence.cut_mask(
+            mask, rows=index, columns=columns, columns_valid=valid, query_positions=past + places, backend=self.backend
+        )
+
+    def _next_keymap(self, session: Session, entry: PrunedLayer | None, active: Tensor | None) -> tuple[KeyMap | None, int]:
+        """Which positions the layer's cache holds once this call is through, and how long it was before."""
+        if entry is None:
+            return None, 0
+        past, index = entry.length, session.index
+        if index is None and active is None:
+            return entry.keymap, past
+        key = ("keymap", id(entry.keymap), past, id(index), id(active))
+        if key not in session.memo:
+            rows, length = session.layout.num_rows, session.layout.length
+            places = index if index is not None else torch.arange(length, device=session.device).expand(rows, -1)
+            valid = session.valid if active is None else active if session.valid is None else session.valid & active
+            gone = torch.tensor([length - n for n in session.lengths]).to(session.device, non_blocking=True)
+            if entry.keymap is not None:
+                before, before_valid = entry.keymap.positions(past)
+                gone = gone + entry.keymap.dropped
+            else:
+                before, before_valid = torch.arange(past, device=session.device).expand(rows, -1), None
+            if valid is not None or before_valid is not None:
+                ones = [torch.ones_like(part, dtype=torch.bool) for part in (before, places)]
+                valid = torch.cat([ones[0] if before_valid is None else before_valid, ones[1] if valid is None else valid], dim=1)
+            made = KeyMap(torch.cat([before, past + places], dim=1), valid, past + length, gone)
+            session.memo[key] = (made, entry.keymap, index, active)
+        return session.memo[key][0], past
+
+    def _rotary(self, session: Session, kwargs: dict[str, Any], index: Tensor, entry: PrunedLayer | None) -> Any:
+        if not self.renumber:
+            return tuple(_sequence.take_rows(part, index, -2) for part in kwargs["position_embeddings"])
+        ids = _sequence.take_rows(self._plain_ids(kwargs), index, -1)
+        ids = ids - (index - torch.arange(index.shape[1], device=index.device))          # dropped before each token
+        if entry is not None and entry.keymap is not None:
+            ids = ids - entry.keymap.dropped[:, None]
+        return self._rotary_at(kwargs, ids)
+
+    def _rotary_at(self, kwargs: dict[str, Any], ids: Tensor) -> Any:
+        like = kwargs["position_embeddings"][0]
+        return self.decoder.rotary_emb(like, position_ids=ids)  # type: ignore[operator]
+
+    @staticmethod
+    def _plain_ids(kwargs: dict[str, Any]) -> Tensor:
+        ids = kwargs.get("position_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            raise UnsupportedCallError("positions='renumber' needs position ids of shape (batch, length) in every layer; use positions='preserve'.")
+        return ids
+
+    def _cut_decode(self, kwargs: dict[str, Any], entry: PrunedLayer, hidden: Tensor) -> dict[str, Any]:
+        """A call without new visual tokens on a pruned cache: the mask is cut to the keys this layer holds."""
+        keymap, past, new = entry.keymap, entry.length, hidden.shape[1]
+        assert keymap is not None
+        cut = dict(kwargs)
+        mask = kwargs.get("attention_mask")
+        if mask is not None or keymap.valid is not None:
+
+            def make_mask() -> Any:
+                columns, valid = keymap.positions(past + new, entry.slots)
+                places = None if new == 1 else past + torch.arange(new, device=columns.device).expand(columns.shape[0], -1)
+                return _sequence.cut_mask(mask, rows=None, columns=columns, columns_valid=valid, query_positions=places, backend=self.backend)
+
+            cut["attention_mask"] = keymap.once("mask", mask, past, make_mask)
+        if self.renumber and kwargs.get("position_embeddings") is not None:
+            ids = self._plain_ids(kwargs)
+            cut["position_embeddings"] = keymap.once("rotary", ids, past, lambda: self._rotary_at(kwargs, ids - keymap.dropped[:, None]))
+        return cut
+
+    # coming out
+
+    def _after_last(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Full length again: every row that left comes back with the state it left with."""
+        session = self.pruner.session
+        if session is None or not session.cuts:
+            return None
+        if isinstance(output, tuple):
+            return (session.restore(output[0]), *output[1:])
+        return session.restore(output)
+
+    def _after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Recorded hidden states come back at full length too."""
+        session = self.pruner.session
+        states = getattr(output, "hidden_states", None)
+        if session is None or not session.cuts or states is None:
+            return None
+        full = session.layout.length
+        restored = []
+        for number, state in enumerate(states):              # entry i is the input of layer i
+            cuts = [cut for cut in session.cuts if cut.layer < number or (number == 0 and cut.layer == 0)]
+            restored.append(state if state is None or state.shape[1] == full else session.restore(state, cuts))
+        output.hidden_states = tuple(restored)
+        return output
+
+    # skips
+
+    def _bypass_rows(self, session: Session, bypasses: list[Bypass], hidden: Tensor) -> Tensor | None:
+        """(B, Lc) rows that leave keys in this layer, or ``None`` if all do; the rows that run are noted for the hooks below."""
+        active = None
+        for bypass in bypasses:
+            visual = session.layout.visual_mask().to(hidden.device)
+            visual = visual if session.index is None else torch.gather(visual, 1, session.index)
+            runs = bypass.rows(visual)
+            session.memo["bypass", id(bypass)] = runs
+            if bypass.kv == "active_only" and bypass.part != "mlp":
+                active = runs if active is None else active & runs
+        return active
+
+    def _attach_bypass(self, hooks: HookSet, bypass: Bypass) -> None:
+        layer = self.layers[bypass.layer]
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            session = self.pruner.session
+            if session is None:
+                return None
+            runs = session.memo["bypass", id(bypass)][..., None]
+            first = output[0] if isinstance(output, tuple) else output
+            first = torch.where(runs, first, torch.zeros((), dtype=first.dtype, device=first.device))  # residual + 0 is the residual
+            return (first, *output[1:]) if isinstance(output, tuple) else first
+
+        if bypass.part in ("attn", "block"):
+            hooks.after(attention_of(layer), hook)
+        if bypass.part in ("mlp", "block"):
+            hooks.after(layer.mlp, hook)  # type: ignore[arg-type]
+
+    def _skipping(self, skip: LayerSkip) -> Callable[..., Any]:
+        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            entry = self._entry(kwargs.get("past_key_values"), skip.layer)
+            position = 0 if entry is None else entry.length
+            phase = "prefill" if hidden.shape[1] > 1 or position == 0 else "decode"
+            step = 0 if entry is None or phase == "prefill" else entry.steps
+            if entry is not None:
+                entry.steps = 0 if phase == "prefill" else entry.steps + 1
+            if skip.run(phase, step, position):
+                return original(*args, **kwargs)
+            if entry is not None:
+                entry.skip(hidden)
+            return hidden
+
+        return forward

@@ -1,0 +1,291 @@
+"""What all Hugging Face vision-language models share: placeholders in the prompt, features that fill them, a decoder behind.
+
+The family classes say where things are; this file finds the visual items of a call and hands them to the decoder engine.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vlprune.adapter import Adapter
+from vlprune.adapters._decoder import DecoderEngine
+from vlprune.adapters._decoder_taps import ROW_KINDS
+from vlprune.errors import UnsupportedCallError, UnsupportedPointError
+from vlprune.hooks import HookSet
+from vlprune.points import Point
+from vlprune.protocols import Tap
+from vlprune.pruner import Pruner, Session
+from vlprune.tokens import TokenLayout, VisualItem, square_grid
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+@dataclass
+class Features:
+    """What is known about the visual items that one ``get_*_features`` call encoded.
+
+    Attributes:
+        lengths: tokens of each item.
+        grids: (N, 3) frame, row, column of each item's tokens, on the CPU, or ``None``.
+        signals: for each tap a list with one (N,) or (N, C) tensor for each item.
+    """
+
+    lengths: list[int]
+    grids: list[Tensor | None]
+    signals: dict[Tap, list[Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class Call:
+    """One call of the model with visual input, before its items are known."""
+
+    placeholders: dict[str, Tensor]                 # modality -> (B, L) bool on the CPU
+    valid: Tensor                                   # (B, L) bool on the CPU
+    features: dict[str, Any] = field(default_factory=dict)
+
+
+class VisionLanguageAdapter(Adapter):
+    """Base of the families. Subclasses fill in `decoder`, `features_of` and the vision signals."""
+
+    vision_signals: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def core(self) -> nn.Module:
+        """The module that owns ``get_image_features`` and the decoder."""
+        inner = getattr(self.model, "model", None)
+        return inner if isinstance(inner, nn.Module) and hasattr(inner, "get_image_features") else self.model
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The stack of decoder layers."""
+        return self.core.language_model  # type: ignore[return-value]
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        """Placeholder id in the prompt for each modality."""
+        config = self.model.config
+        ids = {
+            "image": getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None),
+            "video": getattr(config, "video_token_id", None) or getattr(config, "video_token_index", None),
+        }
+        return {modality: int(number) for modality, number in ids.items() if number is not None}  # type: ignore[arg-type]
+
+    @property
+    def decoder_depth(self) -> int:
+        """Number of decoder layers."""
+        return len(self.decoder.layers)  # type: ignore[arg-type]
+
+    @property
+    def multimodal_rope(self) -> bool:
+        """Whether position ids have time, height and width."""
+        return False
+
+    def points(self) -> list[str]:
+        """Every point of the decoder; towers that can be cut inside add theirs."""
+        return ["before_llm", *(f"llm:{layer}" for layer in range(self.decoder_depth))]
+
+    def offers(self, point: Point) -> frozenset[str]:
+        """Vision signals everywhere in the decoder; decoder signals at its layers."""
+        if point.tower == "vision":
+            return frozenset()
+        return self.vision_signals | frozenset(ROW_KINDS) | (frozenset({"transition"}) if point.layer > 0 else frozenset())
+
+    @property
+    def offers_in_decoder(self) -> frozenset[str]:
+        """Kinds of decoder signals."""
+        return frozenset((*ROW_KINDS, "transition"))
+
+    # hooks
+
+    def attach(self, hooks: HookSet, pruner: Pruner) -> None:
+        """Put everything on."""
+        if pruner.stages("vision"):
+            raise UnsupportedPointError(
+                f"{self.name} towers cannot be cut inside yet; points of this model: before_llm, llm:0 ... llm:{self.decoder_depth - 1}"
+            )
+        engine = DecoderEngine(self.decoder, pruner, can_renumber=not self.multimodal_rope)
+        if not engine.acts:
+            return
+        self.pruner, self.engine = pruner, engine
+        self.attach_vision(hooks, pruner)
+        signature = inspect.signature(self.core.forward)
+        for modality in PIXELS:
+            name = f"get_{modality}_features"
+            if hasattr(self.core, name):
+                hooks.wrap(self.core, name, self._around_features(modality))
+        hooks.before(self.core, lambda m, a, k: self._before_core(signature, a, k))
+        hooks.after(self.core, self._after_core, always=True)
+        hooks.before(self.decoder, self._before_decoder)
+        engine.attach(hooks)
+
+    def attach_vision(self, hooks: HookSet, pruner: Pruner) -> None:
+        """Hook the vision tower for the signals that are needed."""
+
+    def features_of(self, modality: str, output: Any, arguments: dict[str, Any], signals: dict[Tap, Tensor]) -> Features:
+        """Describe the items that ``get_image_features`` (or video) just encoded. One item per entry of ``pooler_output``."""
+        lengths = item_lengths(output)
+        found = Features(lengths, [square_grid(length) for length in lengths])
+        for tap, values in signals.items():
+            if values.shape[:1] == (len(lengths),) and all(values.shape[1] == length for length in lengths):
+                found.signals[tap] = list(values)
+        return found
+
+    def _around_features(self, modality: str) -> Any:
+        def around(original: Any, *args: Any, **kwargs: Any) -> Any:
+            self.pruner.vision = {}
+            output = original(*args, **kwargs)
+            arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+            found = self.features_of(modality, output, dict(arguments), self.pruner.vision)
+            self.pruner.vision = {}
+            try:
+                output.vlprune_features = found                  # rides on the output object: generate may encode ahead of the forward
+            except AttributeError:
+                pass
+            if self.pruner.call is not None:
+                self.pruner.call.features[modality] = (output, found)
+            return output
+
+        return around
+
+    def _before_core(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        pruner = self.pruner
+        pruner.session, pruner.call = None, None
+        given = {**signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
+        encoded = {k: v for k, v in (given.get("mm_encoder_outputs") or {}).items() if v is not None}
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        if not encoded and all(given.get(name) is None for name in PIXELS.values()):
+            cache = given.get("past_key_values")
+            if ids is None and embeds is not None and (cache is None or int(cache.get_seq_length()) == 0):
+                raise UnsupportedCallError(
+                    "a prompt given as inputs_embeds alone does not tell where its visual tokens are. Pass input_ids, or inputs_embeds with "
+                    "placeholder embeddings together with pixel_values; or remove the pruning for this call."
+                )
+            return
+        if given.get("output_attentions") or getattr(self.decoder.config, "output_attentions", False):
+            raise UnsupportedCallError("output_attentions=True would return maps of different sizes by layer; remove the pruning to look at attention maps")
+        call = Call({m: self._placeholder_mask(ids, embeds, number) for m, number in self.placeholders.items()}, torch.empty(0))
+        first = next(iter(call.placeholders.values()))
+        call.valid = valid_tokens(given.get("attention_mask"), *first.shape)
+        for modality, output in encoded.items():
+            found = getattr(output, "vlprune_features", None)
+            if found is None:
+                raise UnsupportedCallError(
+                    "these visual features were encoded without the pruning, or cut into chunks by chunked prefill. Set "
+                    "generation_config.prefill_chunk_size=None, and encode with the model that vlprune.apply was called on."
+                )
+            call.features[modality] = (output, found)
+        pruner.call = call
+
+    def _placeholder_mask(self, ids: Tensor | None, embeds: Tensor | None, number: int) -> Tensor:
+        """(B, L) bool on the CPU: the one device read of a prefill, before any heavy kernel is queued."""
+        if ids is not None:
+            return (ids == number).cpu()
+        assert embeds is not None
+        embedding = self.model.get_input_embeddings()(torch.tensor(number, device=embeds.device))  # type: ignore[operator]
+        return (embeds == embedding.to(embeds.dtype)).all(dim=-1).cpu()
+
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        pruner = self.pruner
+        call = pruner.call
+        if call is None or pruner.session is not None:
+            return
+        embeds = args[0] if args and isinstance(args[0], Tensor) and args[0].dim() == 3 else kwargs["inputs_embeds"]
+        layout = TokenLayout(embeds.shape[0], embeds.shape[1], valid=call.valid)
+        collected: list[tuple[VisualItem, Features, int]] = []
+        for modality, (output, found) in call.features.items():
+            collected.extend(self._items(modality, call.placeholders[modality], output, found))
+        collected.sort(key=lambda entry: (entry[0].row, int(entry[0].positions[0])))
+        layout.items = [item for item, _, _ in collected]
+        session = Session(pruner, layout, embeds.device)
+        for item, found, number in collected:
+            for tap, values in found.signals.items():
+                session.signals[tap, id(item)] = values[number].to(embeds.device)
+        session.trace.layout = layout
+        session.trace.shapes = self.dimensions()
+        session.trace.vision_tokens = pruner.vision_lengths
+        pruner.session = session
+
+    def _items(self, modality: str, mask: Tensor, output: Any, found: Features) -> list[tuple[VisualItem, Features, int]]:
+        """Split a modality's placeholders, in reading order, into the items that fill them."""
+        lengths = item_lengths(output)
+        places = torch.nonzero(mask)                                                     # (tokens, 2): row, position
+        if sum(lengths) != places.shape[0]:
+            raise UnsupportedCallError(f"the prompt holds {places.shape[0]} {modality} placeholders, but {sum(lengths)} {modality} features were computed")
+        sources = self._sources(lengths, found, mask)
+        result = []
+        for index, part in enumerate(places.split(lengths)):
+            row = int(part[0, 0])
+            if int(part[-1, 0]) != row:
+                raise UnsupportedCallError(f"{modality} {index} has placeholders in two rows of the batch; give each row the tokens of its own {modality}s")
+            source = sources[index]
+            result.append((VisualItem(row, part[:, 1].clone(), modality, index, found.grids[source]), found, source))
+        return result
+
+    @staticmethod
+    def _sources(lengths: list[int], found: Features, mask: Tensor) -> list[int]:
+        """Which encoded item each item of the prompt is. They differ when ``generate`` repeated rows after encoding (beams)."""
+        if lengths == found.lengths:
+            return list(range(len(lengths)))
+        copies = len(lengths) // max(len(found.lengths), 1)
+        per_row, ends = mask.sum(dim=1).tolist(), []
+        number = 0
+        for count in per_row:                                                            # items of each row
+            start, total = number, 0
+            while total < count:
+                total += lengths[number]
+                number += 1
+            ends.append(number - start)
+        sources, first = [], 0
+        for row in range(0, len(ends), copies):
+            for _ in range(copies):
+                sources.extend(range(first, first + ends[row]))
+            first += ends[row]
+        return sources
+
+    def _after_core(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        pruner = self.pruner
+        session, pruner.session, pruner.call = pruner.session, None, None
+        if session is not None and output is not None:
+            session.finish()
+            pruner.last_trace = session.trace
+
+
+def item_lengths(output: Any) -> list[int]:
+    """Tokens of each item in what ``get_image_features`` returned."""
+    features = getattr(output, "pooler_output", output)
+    if isinstance(features, Tensor):
+        return [int(features.shape[-2])] * (features.shape[0] if features.dim() == 3 else 1)
+    return [int(part.reshape(-1, part.shape[-1]).shape[0]) for part in features]
+
+
+def valid_tokens(mask: Any, rows: int, length: int) -> Tensor:
+    """(B, L) bool on the CPU: which of the last L positions are not padding, from whatever mask the model was given."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if not isinstance(mask, Tensor):
+        return torch.ones(rows, length, dtype=torch.bool)
+    if mask.dim() == 4:                                                                  # the last query sees every real token before it
+        last = mask[:, 0, -1].cpu()
+        seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+        if seen.shape[1] > length:                                                       # past keys, then static slots
+            ends = seen.long().cumsum(1).argmax(1).max()
+            seen = seen[:, : int(ends) + 1]
+        return seen[:, -length:].expand(rows, -1)
+    return mask[:, -length:].cpu().bool().expand(rows, -1)
+
+
+def modules_named(parent: nn.Module, names: Sequence[str]) -> nn.Module | None:
+    """The first of the named submodules that exists."""
+    for name in names:
+        module: Any = parent
+        for part in name.split("."):
+            module = getattr(module, part, None)
+        if isinstance(module, nn.Module):
+            return module
+    return None

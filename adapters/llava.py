@@ -1,0 +1,182 @@
+"""LLaVA: LLaVA-1.5, LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision of Hugging Face transformers.
+
+Tiles, newline tokens and pooled frames: vision signals take the road of the features. Where the model packs tiles or pools
+frames, its own function runs a second time on the signals, so every visual token knows its score whatever the packing. An item
+is a whole image (all its tiles and newlines) or a whole video; newline tokens carry the lowest score of their image.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlprune.adapters._vision import VisionTaps
+from vlprune.adapters._vlm import Features, VisionLanguageAdapter, item_lengths, modules_named
+from vlprune.hooks import HookSet
+from vlprune.method import ModelFacts
+from vlprune.protocols import Tap
+from vlprune.pruner import Pruner
+from vlprune.tokens import raster_grid, square_grid
+
+
+class LlavaAdapter(VisionLanguageAdapter):
+    """The LLaVA family."""
+
+    name = "llava"
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """LLaVA-1.5, NeXT, NeXT-Video and OneVision."""
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        return kind in ("llava", "llava_next", "llava_next_video", "llava_onevision") and hasattr(getattr(model, "model", model), "vision_tower")
+
+    @cached_property
+    def blocks(self) -> list[nn.Module]:
+        """Blocks of the vision tower."""
+        encoder = modules_named(self.core.vision_tower, ("encoder", "vision_model.encoder"))  # type: ignore[arg-type]
+        return list(encoder.layers) if encoder is not None and hasattr(encoder, "layers") else []  # type: ignore[arg-type]
+
+    @property
+    def has_cls(self) -> bool:
+        """CLIP towers carry a CLS token, SigLIP towers do not."""
+        return any(name.endswith("class_embedding") for name, _ in self.core.vision_tower.named_parameters())  # type: ignore[union-attr]
+
+    @property
+    def vision_signals(self) -> frozenset[str]:  # type: ignore[override]
+        """What this tower can be asked."""
+        if not self.blocks:
+            return frozenset()
+        return frozenset({"column_mean", "vision_keys"} | ({"cls_row"} if self.has_cls else set()))
+
+    @property
+    def facts(self) -> ModelFacts:
+        """Depths; the feature layer is the block whose output LLaVA projects."""
+        depth = len(self.blocks)
+        chosen = getattr(self.model.config, "vision_feature_layer", -1)
+        chosen = chosen[-1] if isinstance(chosen, (list, tuple)) else chosen
+        feature = chosen + depth if chosen < 0 else chosen - 1                           # hidden_states[i] leaves block i - 1
+        return ModelFacts(
+            decoder_layers=self.decoder_depth,
+            vision_layers=depth,
+            feature_layer=min(max(feature, 0), max(depth - 1, 0)),
+            global_vision_layers=tuple(range(depth)),
+            has_cls=self.has_cls,
+            signals=self.vision_signals | self.offers_in_decoder,
+        )
+
+    def attach_vision(self, hooks: HookSet, pruner: Pruner) -> None:
+        """Tap the tower, and send the signals through the packing."""
+        VisionTaps([block.self_attn for block in self.blocks], pruner).attach(hooks)  # type: ignore[misc]
+        hooks.after(self.core.vision_tower, self._note_tower)  # type: ignore[arg-type]
+        if hasattr(self.core, "pack_image_features"):
+            hooks.wrap(self.core, "pack_image_features", self._pack_signals)
+        if hasattr(self.core, "apply_pooling"):
+            hooks.wrap(self.core, "apply_pooling", self._pool_signals)
+        if isinstance(getattr(self.core, "vision_resampler", None), nn.Module):
+            hooks.wrap(self.core.vision_resampler, "forward", self._pool_signals)
+
+    def _note_tower(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        states = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+        self.pruner.vision_lengths = [states.shape[0] * states.shape[1]] * len(self.blocks)
+
+    def _tokens_only(self) -> dict[Tap, Tensor]:
+        """Signals without the CLS column: (tiles, P) or (tiles, P, C)."""
+        skip = 1 if self.has_cls and getattr(self.model.config, "vision_feature_select_strategy", "default") == "default" else 0
+        return {tap: values[:, skip:] for tap, values in self.pruner.vision.items() if isinstance(tap, Tap)}
+
+    def _stacked(self) -> tuple[list[tuple[Tap, int]], Tensor | None]:
+        """All signals as channels (tiles, P, C) with a last channel of ones, and how many channels each has."""
+        signals = self._tokens_only()
+        widths = [(tap, 1 if values.dim() == 2 else values.shape[2]) for tap, values in signals.items()]
+        if not signals:
+            return [], None
+        parts = [values if values.dim() == 3 else values[..., None] for values in signals.values()]
+        return widths, torch.cat([*parts, torch.ones_like(parts[0][..., :1])], dim=-1)
+
+    def _pack_signals(self, original: Any, image_features: Any, *args: Any, **kwargs: Any) -> Any:
+        packed = original(image_features, *args, **kwargs)
+        ones = [torch.ones(*feature.shape[:2], 1) for feature in image_features]         # on the CPU: where separators come to stand
+        flags, _ = original(ones, *args, **{**kwargs, "image_newline": torch.zeros(1)})
+        self.pruner.vision["separators"] = [flag.flatten() < 0.5 for flag in flags]
+        widths, stacked = self._stacked()
+        if stacked is not None:
+            tiles = stacked.split([feature.shape[0] for feature in image_features])
+            newline = kwargs.get("image_newline")
+            if newline is not None:
+                kwargs = {**kwargs, "image_newline": torch.zeros(stacked.shape[-1], device=stacked.device)}
+            with torch.no_grad():
+                signals, _ = original(tiles, *args, **kwargs)
+            self.pruner.vision["packed"] = (widths, list(signals))
+        return packed
+
+    def _pool_signals(self, original: Any, features: Tensor) -> Any:
+        pooled = original(features)
+        widths, stacked = self._stacked()
+        if stacked is not None:
+            with torch.no_grad():
+                self.pruner.vision["packed"] = (widths, original(stacked))               # (frames, p, C)
+        return pooled
+
+    def features_of(self, modality: str, output: Any, arguments: dict[str, Any], signals: dict[Tap, Tensor]) -> Features:
+        """Items and their signals, in the order of the packed tokens."""
+        lengths = item_lengths(output)
+        frames = int(arguments["pixel_values_videos"].shape[1]) if modality == "video" and "pixel_values_videos" in arguments else 1
+        packed = self.pruner.vision.get("packed")
+        separators = self.pruner.vision.get("separators") or [None] * len(lengths)
+        grids = [
+            self._video_grid(length, frames) if modality == "video" else self._image_grid(length, separator)
+            for length, separator in zip(lengths, separators, strict=True)
+        ]
+        if packed is None:
+            plain = self._tokens_only()
+            return Features(lengths, grids, {tap: list(values) for tap, values in plain.items()})
+        widths, channels = packed
+        if isinstance(channels, Tensor):                                                 # frames of all videos, pooled
+            items = list(channels.reshape(len(lengths), -1, channels.shape[-1]))
+        else:
+            items = [part.reshape(-1, part.shape[-1]) for part in channels]
+        items = [torch.cat([part, part.new_zeros(length - part.shape[0], part.shape[1])]) for part, length in zip(items, lengths, strict=True)]
+        found = Features(lengths, grids)
+        start = 0
+        for tap, width in widths:
+            found.signals[tap] = [_fill_separators(part[:, start : start + width], part[:, -1]) for part in items]
+            start += width
+        return found
+
+    @staticmethod
+    def _video_grid(length: int, frames: int) -> Tensor | None:
+        """Frame, row and column; a newline at the end is a separator (row and column -1)."""
+        per_frame, extra = divmod(length, frames)
+        grid = square_grid(per_frame * frames, frames)
+        return None if grid is None else torch.cat([grid, torch.tensor([[frames - 1, -1, -1]]).expand(extra, -1)])
+
+    def _image_grid(self, length: int, separator: Tensor | None) -> Tensor | None:
+        """The base tile is frame 0, the mosaic of tiles frame 1; newlines are separators (row and column -1)."""
+        config = self.model.config.vision_config
+        side = config.image_size // config.patch_size
+        base = raster_grid(1, side, side)
+        if length == side * side:
+            return base
+        if separator is None or not bool(separator[-1]):
+            return None
+        mosaic = separator[side * side :]
+        if mosaic.numel() == 1:
+            return torch.cat([base, torch.tensor([[0, -1, -1]])])
+        width = int(torch.nonzero(mosaic)[0]) + 1
+        grid = raster_grid(1, mosaic.numel() // width, width)
+        grid[:, 0] = 1
+        grid[mosaic, 1:] = -1
+        return torch.cat([base, grid])
+
+
+def _fill_separators(values: Tensor, real: Tensor) -> Tensor:
+    """Give separators (where ``real`` is 0) the lowest value of their item; drop a channel axis of one."""
+    lowest = values.masked_fill(real[:, None] < 0.5, float("inf")).amin(dim=0)
+    filled = torch.where(real[:, None] < 0.5, lowest, values)
+    return filled[:, 0] if filled.shape[1] == 1 else filled
+
+
+ADAPTERS = (LlavaAdapter,)

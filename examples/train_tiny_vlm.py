@@ -1,0 +1,631 @@
+"""Trains, exports and evaluates the tiny LLaVA model in ``vlprune/assets/tiny_vlm`` from random weights, on a CPU.
+
+Two stages, each with a time budget that its learning rate is scheduled on:
+
+1. ``tower``: the CLIP tower learns, for every patch, which digit, colour and place it belongs to.
+2. ``questions``: the projector and the Llama decoder learn to answer questions about the tower's features.
+
+    python examples/train_tiny_vlm.py --stage tower --minutes 30
+    python examples/train_tiny_vlm.py --stage questions --minutes 60
+    python examples/train_tiny_vlm.py --evaluate --json result.json
+
+Checkpoints allow to stop and to start again with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+try:
+    from vlprune.evals import digits as D
+except ImportError:
+    from evals import digits as D
+
+ASSETS = Path(__file__).resolve().parents[1] / "vlprune" / "assets" / "tiny_vlm"
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "scikit-learn", "scikit-image")
+WIDTH, LAYERS = 96, 10
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def build_model(vocabulary_size: int, image_token: int, pad: int, bos: int, eos: int):
+    """A LLaVA model of width 96 with random weights: 11 tower layers (10 of them used) and 10 decoder layers."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=256, num_hidden_layers=LAYERS + 1, num_attention_heads=3,
+        image_size=D.SIZE, patch_size=D.PATCH, hidden_act="gelu", projection_dim=WIDTH,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=vocabulary_size, hidden_size=WIDTH, intermediate_size=256, num_hidden_layers=LAYERS,
+        num_attention_heads=3, num_key_value_heads=3, max_position_embeddings=1024, pad_token_id=pad,
+        bos_token_id=bos, eos_token_id=eos, tie_word_embeddings=False,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=image_token, vision_feature_layer=-2,
+        vision_feature_select_strategy="default", projector_hidden_act="gelu", image_seq_length=D.GRID**2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    init_tower(model.model.vision_tower)
+    return model
+
+
+@torch.no_grad()
+def init_tower(tower: nn.Module) -> None:
+    """Random weights, but patches start by looking at themselves and their neighbours.
+
+    Position embeddings begin as 2-D sines and query and key projections begin equal, so that attention is local at
+    first; a tower this small learns shapes much sooner that way.
+    """
+    axis = torch.arange(D.GRID).float()
+    frequency = torch.logspace(math.log10(1.5), math.log10(0.1), WIDTH // 4)
+    wave = torch.cat([(axis[:, None] * frequency).sin(), (axis[:, None] * frequency).cos()], 1)
+    rows, cols = wave[:, None].expand(-1, D.GRID, -1), wave[None].expand(D.GRID, -1, -1)
+    position = torch.cat([rows, cols], -1).reshape(D.GRID**2, WIDTH)
+    tower.embeddings.position_embedding.weight[1:] = 0.5 * position
+    tower.embeddings.patch_embedding.weight.normal_(0, 0.05)
+    for layer in tower.encoder.layers:
+        for head in range(3):
+            basis = torch.linalg.qr(torch.randn(WIDTH, 32))[0].T * 0.8
+            rows_of_head = slice(32 * head, 32 * head + 32)
+            layer.self_attn.q_proj.weight[rows_of_head] = basis + 0.03 * torch.randn(32, WIDTH)
+            layer.self_attn.k_proj.weight[rows_of_head] = basis + 0.03 * torch.randn(32, WIDTH)
+
+
+def tower_features(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """What ``hidden_states[-2]`` of the tower holds, without running its unused last layer."""
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    for layer in tower.encoder.layers[:LAYERS]:
+        hidden = layer(hidden, None)
+    return hidden
+
+
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """uint8 pictures (N, H, W, 3) to normalised pixel values, as the processor computes them."""
+    scaled = (images.float() / 255.0 - torch.tensor(MEAN)) / torch.tensor(STD)
+    return scaled.permute(0, 3, 1, 2).contiguous()
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon in float32 (``torch.optim.Muon`` orthogonalises in bfloat16, which is slow on older processors)."""
+
+    def __init__(self, parameters, lr: float, momentum: float = 0.95, weight_decay: float = 0.02) -> None:
+        super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes: dict[tuple, list] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(tuple(p.shape), []).append(p)
+            for shape, members in shapes.items():
+                updates = []
+                for p in members:
+                    buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    buffer.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(buffer, group["momentum"]))
+                update = orthogonalise(torch.stack(updates)) * (0.2 * max(shape) ** 0.5)
+                for p, u in zip(members, update):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"])
+
+
+def orthogonalise(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Nearest orthogonal matrices of a stack, by the quintic Newton-Schulz iteration of Muon."""
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
+
+
+def optimisers(modules: list[nn.Module], lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings, heads, biases and norms."""
+    matrices, others = [], []
+    for module in modules:
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                hidden = p.ndim == 2 and "layers." in name
+                (matrices if hidden else others).append(p)
+    return [Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def schedule(fraction: float, step: int, warm: int = 60) -> float:
+    """Learning-rate factor: short linear rise, then a cosine to nearly zero at the end of the time budget."""
+    return min(1.0, (step + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, fraction))))
+
+
+class TowerHeads(nn.Module):
+    """Reads labels off the tower's features; thrown away after the first stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.cls_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.patch = nn.Linear(WIDTH, 11 + 8 + 10 + 1)
+        self.cls = nn.Linear(WIDTH, 10 + 7)
+
+    def loss(self, hidden: torch.Tensor, labels: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and the predicted digit of every patch."""
+        digit, colour, place, size = self.patch(self.norm(hidden[:, 1:])).split((11, 8, 10, 1), -1)
+        flat = lambda logits, target: F.cross_entropy(logits.flatten(0, 1), target.flatten())  # noqa: E731
+        inside = (labels["digit"] < 10).float()
+        loss = flat(digit, labels["digit"]) + 0.5 * flat(colour, labels["colour"]) + 0.2 * flat(place, labels["place"])
+        loss = loss + 0.5 * ((size[..., 0] - labels["size"]) ** 2 * inside).sum() / inside.sum()
+        present = self.cls(self.cls_norm(hidden[:, 0]))
+        return loss + 0.2 * F.binary_cross_entropy_with_logits(present, labels["present"]), digit.argmax(-1)
+
+
+def tower_batch(split: str, indices: range, warp: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Pictures and patch labels; most training pictures are crowded, since more digits teach more per picture."""
+    images, columns = [], {key: [] for key in ("digit", "colour", "place", "size", "present")}
+    for i in indices:
+        crowded = split == "train" and i % 4 != 0
+        s = D.scene(split, i, digits=(7, 9) if crowded else None, warp=warp)
+        images.append(s.image)
+        owner = s.patch_object.reshape(-1).astype(np.int64)
+        columns["digit"].append(np.where(owner < 0, 10, s.patch_digit.reshape(-1)))
+        columns["colour"].append(np.where(owner < 0, 7, s.patch_colour.reshape(-1)))
+        columns["place"].append(np.array([D.PLACES.index(o.place) for o in s.objects] + [9])[owner])
+        columns["size"].append(np.array([(o.size - 36) / 6 for o in s.objects] + [0], dtype=np.float32)[owner])
+        present = np.zeros(17, dtype=np.float32)
+        for o in s.objects:
+            present[o.digit] = present[10 + D.COLOUR_NAMES.index(o.colour)] = 1
+        columns["present"].append(present)
+    labels = {k: torch.from_numpy(np.stack(v)) for k, v in columns.items()}
+    for k in ("digit", "colour", "place"):
+        labels[k] = labels[k].long()
+    return torch.from_numpy(np.stack(images)), labels
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Endless batches made by ``make(first_index)``, from the index where a checkpoint stopped."""
+
+    def __init__(self, make, first: int, batch: int) -> None:
+        self.make, self.first, self.batch = make, first, batch
+
+    def __iter__(self):
+        torch.set_num_threads(1)
+        index = self.first
+        while True:
+            yield self.make(range(index, index + self.batch))
+            index += self.batch
+
+
+def stream(make, first: int, batch: int):
+    """Iterates over batches that a worker process prepares."""
+    return iter(torch.utils.data.DataLoader(Stream(make, first, batch), batch_size=None, num_workers=1))
+
+
+def make_tower_batch(indices: range):
+    return tower_batch("train", indices, warp=1.6)
+
+
+def train_tower(folder: Path, minutes: float, batch: int, lr: float, threads: int) -> None:
+    """First stage; writes ``tower.pt`` and ``tower.jsonl``."""
+    torch.manual_seed(0)
+    model = build_model(64, 4, 0, 1, 2)
+    tower, heads = model.model.vision_tower, TowerHeads()
+    for unused in (tower.encoder.layers[LAYERS], tower.post_layernorm):
+        unused.requires_grad_(False)
+    opts = optimisers([tower, heads], lr)
+    step, spent, path = 0, 0.0, folder / "tower.pt"
+    if path.exists():
+        saved = torch.load(path, weights_only=False)
+        tower.load_state_dict(saved["tower"])
+        heads.load_state_dict(saved["heads"])
+        for o, state in zip(opts, saved["opts"]):
+            o.load_state_dict(state)
+        step, spent = saved["step"], saved["spent"]
+    test_images, test_labels = tower_batch("heldout", range(96), warp=0.0)
+    batches = stream(make_tower_batch, step * batch, batch)
+    torch.set_num_threads(threads)
+    start, shown, losses = time.time() - spent, time.time(), []
+
+    def save() -> None:
+        settings = dict(minutes=minutes, batch=batch, lr=lr, threads=threads, seed=0)
+        torch.save(dict(tower=tower.state_dict(), heads=heads.state_dict(), opts=[o.state_dict() for o in opts],
+                        step=step, spent=time.time() - start, settings=settings), path)  # fmt: skip
+
+    while (fraction := (time.time() - start) / (60 * minutes)) < 1.0:
+        images, labels = next(batches)
+        loss, _ = heads.loss(tower_features(tower, to_pixels(images)), labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for o in opts for g in o.param_groups for p in g["params"]], 2.0)
+        for o in opts:
+            o.param_groups[0]["lr"] = lr * schedule(fraction, step)
+            o.step()
+            o.zero_grad()
+        losses.append(loss.item())
+        step += 1
+        if time.time() - shown > 45 or step == 10:
+            shown = time.time()
+            with torch.no_grad():
+                guess = torch.cat([heads.loss(tower_features(tower, to_pixels(test_images[i:i + 32])),
+                                   {k: v[i:i + 32] for k, v in test_labels.items()})[1] for i in (0, 32, 64)])  # fmt: skip
+            inside = test_labels["digit"] < 10
+            right = (guess == test_labels["digit"])[inside].float().mean().item()
+            row = dict(stage="tower", step=step, minutes=round((time.time() - start) / 60, 2),
+                       loss=round(float(np.mean(losses)), 4), heldout_patch_digit=round(right, 4))  # fmt: skip
+            losses = []
+            print(json.dumps(row), flush=True)
+            with open(folder / "tower.jsonl", "a") as log:
+                log.write(json.dumps(row) + "\n")
+            save()
+    save()
+
+
+def build_processor():
+    """Word-level tokenizer and CLIP image processor, joined in a LLaVA processor."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import LlavaProcessor, PreTrainedTokenizerFast
+
+    try:  # the torchvision version of the image processor would need a package that nothing else here needs
+        from transformers import CLIPImageProcessorPil as ImageProcessor
+    except ImportError:
+        from transformers import CLIPImageProcessor as ImageProcessor
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    words = special + ["user:", "assistant:"] + D.vocabulary()
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw.normalizer = normalizers.Lowercase()
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("[?.]"), "isolated")]
+    )
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        additional_special_tokens=["<image>"], padding_side="left", model_max_length=1024,
+    )  # fmt: skip
+    images = ImageProcessor(size={"shortest_edge": D.SIZE}, crop_size={"height": D.SIZE, "width": D.SIZE})
+    return LlavaProcessor(
+        images, tokenizer, patch_size=D.PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def prompt(question: str) -> str:
+    """The text that the model is trained on and asked with."""
+    return f"USER: <image> {question} ASSISTANT:"
+
+
+def new_model(processor):
+    """A fresh model for a processor's vocabulary, with word and picture embeddings at a similar scale."""
+    tok = processor.tokenizer
+    model = build_model(len(tok), processor.image_token_id, tok.pad_token_id, tok.bos_token_id, tok.eos_token_id)
+    with torch.no_grad():
+        for name, p in model.model.language_model.named_parameters():
+            if p.ndim == 2:
+                p.normal_(0, 0.5 if "embed" in name else 0.06)
+    return model
+
+
+HEAD = (1, 5)  # ids of <s> and USER:
+PREFIX = len(HEAD) + D.GRID**2
+
+
+def pack(asked: list[tuple[list[int], int]], eos: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lays the questions of one picture after each other.
+
+    Args:
+        asked: For each question the token ids of its words, the one of "ASSISTANT:" included, and of its answer.
+        eos: Id of the end token, which follows every answer.
+        length: Room for tokens; questions that no longer fit are left out, free room becomes padding.
+
+    Returns:
+        Token ids, the target of every position (-100 for none), and the question every position belongs to, from 1.
+    """
+    ids, targets, owner = [], [], []
+    for number, (words, answer) in enumerate(asked, 1):
+        if len(ids) + len(words) + 1 > length:
+            continue
+        ids += [*words, answer]
+        targets += [-100] * (len(words) - 1) + [answer, eos]
+        owner += [number] * (len(words) + 1)
+    rest = length - len(ids)
+    fill = [0] * rest
+    return np.array(ids + fill), np.array(targets + [-100] * rest), np.array(owner + [-1] * rest)
+
+
+def packed_logits(model, features: torch.Tensor, ids: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    """Logits for packed questions: each sees the picture and itself only, as if it had been asked alone.
+
+    Args:
+        model: The LLaVA model.
+        features: Output of ``tower_features``, class token included.
+        ids: Token ids of the packed questions, (N, T).
+        owner: Question number of every token, (N, T); -1 for padding.
+
+    Returns:
+        Logits of the T question positions.
+    """
+    n, t = ids.shape
+    embed = model.model.language_model.embed_tokens
+    head = embed(torch.tensor([HEAD])).expand(n, -1, -1)
+    picture = model.model.multi_modal_projector(features[:, 1:])
+    inputs = torch.cat([head, picture, embed(ids)], 1)
+    group = torch.cat([torch.zeros(n, PREFIX, dtype=owner.dtype), owner], 1)
+    order = torch.arange(PREFIX + t)
+    causal = order[:, None] >= order[None]
+    same = group[:, :, None] == group[:, None]
+    mask = torch.where((same | (group[:, None] == 0)) & causal, 0.0, torch.finfo(torch.float32).min)[:, None]
+    new = torch.ones_like(owner, dtype=torch.bool)
+    new[:, 1:] = owner[:, 1:] != owner[:, :-1]
+    here = torch.arange(t).expand(n, -1)
+    start = torch.where(new, here, 0).cummax(1).values
+    position = torch.cat([torch.arange(PREFIX).expand(n, -1), PREFIX + here - start], 1)
+    hidden = model.model.language_model(
+        inputs_embeds=inputs, attention_mask=mask, position_ids=position, use_cache=False
+    ).last_hidden_state
+    return model.lm_head(hidden[:, PREFIX:])
+
+
+def choose_questions(found: list, rng: np.random.Generator, share: dict[str, float]) -> list:
+    """Random order that mixes kinds: up to four of a kind, zero counts and "no" not more often than the others."""
+    by_kind: dict[str, list] = {}
+    for i in rng.permutation(len(found)):
+        by_kind.setdefault(found[i].kind, []).append(found[i])
+    picked = []
+    for kind, members in by_kind.items():
+        if kind == "exists":
+            members = [next((q for q in members if q.answer == a), members[0]) for a in ("yes", "no")]
+        elif kind == "count_colour":
+            some = [q for q in members if q.answer != "0"]
+            members = sorted(some, key=lambda q: -int(q.answer))[:2] + [q for q in members if q.answer == "0"][:1]
+        for place, q in enumerate(members[:4]):
+            picked.append((rng.random() * 0.8 ** place * share.get(kind, 1.0), q))
+    return [q for _, q in sorted(picked, key=lambda pair: -pair[0])]
+
+
+class QuestionBatches:
+    """Makes packed training batches; a class so that a worker process can take it along."""
+
+    def __init__(self, tokenizer, room: int = 224) -> None:
+        self.room, self.eos = room, tokenizer.eos_token_id
+        self.table = tokenizer.get_vocab()
+
+    def words(self, question) -> tuple[list[int], int]:
+        return [self.table[w] for w in question.text.split() + ["assistant:"]], self.table[question.answer]
+
+    def __call__(self, indices: range):
+        images, packed = [], []
+        for i in indices:
+            rng = np.random.default_rng((5, i))
+            s = D.scene("train", 10_000_000 + i, digits=(2, 6) if i % 3 == 0 else None, warp=1.2)
+            images.append(s.image)
+            asked = [self.words(q) for q in choose_questions(D.questions(s), rng, {})]
+            packed.append(pack(asked, self.eos, self.room))
+        return torch.from_numpy(np.stack(images)), [torch.from_numpy(np.stack(x)).long() for x in zip(*packed)]
+
+
+def train_questions(folder: Path, minutes: float, batch: int, lr: float, threads: int, unfreeze: float) -> None:
+    """Second stage; reads ``tower.pt``, writes ``questions.pt`` and ``questions.jsonl``."""
+    torch.manual_seed(1)
+    processor = build_processor()
+    model = new_model(processor)
+    make = QuestionBatches(processor.tokenizer)
+    tower = model.model.vision_tower
+    step, spent, path = 0, 0.0, folder / "questions.pt"
+    tower.load_state_dict(torch.load(folder / "tower.pt", weights_only=False)["tower"])
+    tower.requires_grad_(False)
+    scale_projector(model, make(range(8))[0])
+    trained = [model.model.language_model, model.model.multi_modal_projector, model.lm_head]
+    opts = optimisers(trained, lr)
+    if path.exists():
+        saved = torch.load(path, weights_only=False)
+        model.load_state_dict(saved["model"])
+        for o, state in zip(opts, saved["opts"]):
+            o.load_state_dict(state)
+        step, spent = saved["step"], saved["spent"]
+    for layer in model.model.language_model.layers:
+        layer.compile()
+    parameters = [p for o in opts for g in o.param_groups for p in g["params"]]
+    test = D.heldout_questions(240, seed=123)
+    batches = stream(make, step * batch, batch)
+    torch.set_num_threads(threads)
+    start, shown, losses = time.time() - spent, time.time(), []
+
+    def save() -> None:
+        settings = dict(minutes=minutes, batch=batch, lr=lr, threads=threads, seed=1, room=make.room)
+        torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], step=step,
+                        spent=time.time() - start, settings=settings), path)  # fmt: skip
+
+    while (fraction := (time.time() - start) / (60 * minutes)) < 1.0:
+        images, (ids, targets, owner) = next(batches)
+        with torch.no_grad():
+            features = tower_features(tower, to_pixels(images))
+        loss = F.cross_entropy(packed_logits(model, features, ids, owner).flatten(0, 1), targets.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for o in opts:
+            o.param_groups[0]["lr"] = lr * schedule(fraction, step)
+            o.step()
+            o.zero_grad()
+        losses.append(loss.item())
+        step += 1
+        if time.time() - shown > 60 or step == 3:
+            shown = time.time()
+            kinds = quick_accuracy(model, make, test)
+            row = dict(stage="questions", step=step, minutes=round((time.time() - start) / 60, 2),
+                       loss=round(float(np.mean(losses)), 4),
+                       heldout_answers=round(float(np.mean(list(kinds.values()))), 4), kinds=kinds)  # fmt: skip
+            losses = []
+            print(json.dumps(row), flush=True)
+            with open(folder / "questions.jsonl", "a") as log:
+                log.write(json.dumps(row) + "\n")
+            save()
+    save()
+
+
+@torch.no_grad()
+def scale_projector(model, images: torch.Tensor) -> None:
+    """Chooses the projector's random weights so that picture tokens come out about as large as word embeddings."""
+    features = tower_features(model.model.vision_tower, to_pixels(images))[:, 1:]
+    projector = model.model.multi_modal_projector
+    for linear in (projector.linear_1, projector.linear_2):
+        linear.weight.normal_(0, WIDTH**-0.5)
+        linear.weight /= linear(features).std()
+        features = F.gelu(linear(features))
+
+
+@torch.no_grad()
+def quick_accuracy(model, make: QuestionBatches, test: list, batch: int = 40) -> dict[str, float]:
+    """Share of right first answer tokens by kind."""
+    right: dict[str, list[bool]] = {}
+    for i in range(0, len(test), batch):
+        part = test[i : i + batch]
+        packed = [pack([make.words(q)], make.eos, 16) for _, q in part]
+        ids, targets, owner = [torch.from_numpy(np.stack(x)).long() for x in zip(*packed)]
+        features = tower_features(model.model.vision_tower, to_pixels(torch.from_numpy(np.stack([s.image for s, _ in part]))))
+        guess = packed_logits(model, features, ids, owner).argmax(-1)
+        first = (targets != -100).long().argmax(1)
+        for k, (_, q) in enumerate(part):
+            right.setdefault(q.kind, []).append(bool(guess[k, first[k]] == targets[k, first[k]]))
+    return {kind: round(float(np.mean(values)), 3) for kind, values in right.items()}
+
+
+def export(folder: Path, assets: Path) -> None:
+    """Writes the trained model and its processor in Hugging Face's layout, with the training curve."""
+    from transformers import GenerationConfig
+
+    processor = build_processor()
+    tok = processor.tokenizer
+    model = new_model(processor)
+    saved = torch.load(folder / "questions.pt", weights_only=False)
+    model.load_state_dict(saved["model"])
+    model.generation_config = GenerationConfig(
+        bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
+        max_new_tokens=4, do_sample=False,
+    )  # fmt: skip
+    model.save_pretrained(assets)
+    processor.save_pretrained(assets)
+    for written in assets.iterdir():
+        written.chmod(0o644)
+    tower = torch.load(folder / "tower.pt", weights_only=False)
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    settings = dict(python=platform.python_version(), versions=versions, parameters=model.num_parameters())
+    for stage, part in (("tower", tower), ("questions", saved)):
+        settings[stage] = dict(part["settings"], steps=part["step"], minutes_spent=round(part["spent"] / 60, 1))
+    (assets / "SETTINGS.json").write_text(json.dumps(settings, indent=1) + "\n")
+    rows = [json.loads(line) for f in ("tower.jsonl", "questions.jsonl") for line in open(folder / f)]
+    (assets / "training_curve.json").write_text(json.dumps(rows, indent=1) + "\n")
+    plot(rows, assets / "training_curve.png")
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Draws loss and held-out accuracy of both stages over the minutes of training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for axis, stage, key in zip(axes, ("tower", "questions"), ("heldout_patch_digit", "heldout_answers")):
+        part = [r for r in rows if r["stage"] == stage]
+        minutes = [r["minutes"] for r in part]
+        axis.plot(minutes, [r["loss"] for r in part], color="tab:gray", label="training loss")
+        axis.plot(minutes, [r[key] for r in part], color="tab:blue", label=key.replace("_", " "))
+        axis.set(xlabel="minutes on 2 CPU cores", title=f"stage: {stage}", ylim=(0, 2))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def blank(image: np.ndarray) -> np.ndarray:
+    """A picture of the same mean colour and nothing else."""
+    return np.broadcast_to(image.mean(axis=(0, 1)).astype(np.uint8), image.shape).copy()
+
+
+@torch.no_grad()
+def answers(model, processor, images: list[np.ndarray], texts: list[str], batch: int = 32) -> list[str]:
+    """Generated answers; "" where the model does not end after one word."""
+    from PIL import Image
+
+    tok, out = processor.tokenizer, []
+    for i in range(0, len(texts), batch):
+        inputs = processor(
+            images=[Image.fromarray(x) for x in images[i : i + batch]], text=[prompt(t) for t in texts[i : i + batch]],
+            padding=True, return_tensors="pt",
+        )  # fmt: skip
+        made = model.generate(**inputs, max_new_tokens=2, do_sample=False)[:, inputs["input_ids"].shape[1] :].tolist()
+        out += [tok.decode(ids[0]) if ids[1:] == [tok.eos_token_id] else "" for ids in made]
+    return out
+
+
+def evaluate(assets: Path, n: int, seed: int = 0) -> dict:
+    """Accuracy of the exported model on held-out questions, with the picture and with a blank one."""
+    from rich.console import Console
+    from rich.table import Table
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    began = time.time()
+    processor = AutoProcessor.from_pretrained(assets)
+    model = LlavaForConditionalGeneration.from_pretrained(assets, dtype=torch.float32).eval()
+    pairs = D.heldout_questions(n, seed)
+    texts, truth = [q.text for _, q in pairs], [q.answer for _, q in pairs]
+    result: dict = {"dense": 0.0, "blank": 0.0, "n": n, "seed": seed, "kinds": {}}
+    right = {}
+    for name, change in (("dense", lambda x: x), ("blank", blank)):
+        said = answers(model, processor, [change(s.image) for s, _ in pairs], texts)
+        right[name] = np.array([a == b for a, b in zip(said, truth)])
+        result[name] = round(float(right[name].mean()), 4)
+    table = Table("kind", "n", "dense", "blank")
+    for kind in D.KINDS:
+        here = np.array([q.kind == kind for _, q in pairs])
+        if here.any():
+            row = {name: round(float(hits[here].mean()), 4) for name, hits in right.items()}
+            result["kinds"][kind] = {**row, "n": int(here.sum())}
+            table.add_row(kind, str(here.sum()), f"{row['dense']:.3f}", f"{row['blank']:.3f}")
+    table.add_row("all", str(n), f"{result['dense']:.3f}", f"{result['blank']:.3f}")
+    Console().print(table)
+    result["seconds"] = round(time.time() - began, 1)
+    return result
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=("tower", "questions"))
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--unfreeze", type=float, default=1.0, help="share of the time after which the tower learns too")
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny_vlm"), help="folder for checkpoints")
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="folder of the exported model")
+    parser.add_argument("--export", action="store_true", help="export questions.pt to the assets")
+    parser.add_argument("--evaluate", action="store_true", help="measure the exported model on held-out questions")
+    parser.add_argument("--n", type=int, default=1200, help="number of held-out questions")
+    parser.add_argument("--json", type=Path, help="write the result of --evaluate here")
+    args = parser.parse_args()
+    if args.stage:
+        args.work.mkdir(parents=True, exist_ok=True)
+    if args.stage == "tower":
+        train_tower(args.work, args.minutes, args.batch, args.lr, args.threads)
+    if args.stage == "questions":
+        train_questions(args.work, args.minutes, args.batch, args.lr, args.threads, args.unfreeze)
+    if args.export:
+        export(args.work, args.assets)
+    if args.evaluate:
+        result = evaluate(args.assets, args.n)
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

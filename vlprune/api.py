@@ -1,0 +1,192 @@
+"""`apply` and the handle: the library's front door."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from vlprune.adapter import Adapter, find_adapter
+from vlprune.budget import Budget, Keep
+from vlprune.errors import AlreadyAppliedError, MissingSignalError, OptionError, UnsupportedPointError, VlpruneError, unknown
+from vlprune.hooks import HookSet
+from vlprune.method import MethodCard, ModelFacts, PruningMethod, Stage
+from vlprune.points import VisionLayer
+from vlprune.pruner import Pruner
+from vlprune.registry import get_method
+from vlprune.report import Report, make_report
+from vlprune.trace import Trace
+
+_APPLIED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PruneHandle]] = weakref.WeakKeyDictionary()
+POSITIONS = ("preserve", "renumber")
+
+
+class PruneHandle:
+    """What `apply` returns: report, undo, and a context manager. The model itself is used as before."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter, pruner: Pruner, hooks: HookSet, keep: Any) -> None:
+        self.model, self.adapter, self.pruner, self.keep = model, adapter, pruner, keep
+        self._hooks: HookSet | None = hooks
+
+    @property
+    def method(self) -> PruningMethod:
+        """The method with its stages resolved for this model."""
+        return self.pruner.method
+
+    @property
+    def trace(self) -> Trace | None:
+        """The record of the last prefill with visual tokens (tensors still on the device)."""
+        return self.pruner.last_trace
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the model is still pruned by this handle."""
+        return self._hooks is not None
+
+    def report(self) -> Report:
+        """Tokens, FLOPs and cache bytes of the last prefill; prints as a table."""
+        return make_report(self.trace, self.method.name, self.keep)
+
+    def remove(self) -> None:
+        """Make the model exactly what it was. Calling it again does nothing."""
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+            _APPLIED.pop(self.model, None)
+
+    def __enter__(self) -> PruneHandle:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("generate", "forward", "eval", "to", "config"):
+            raise AttributeError(f"the handle has no {name!r}: vlprune.apply changes the model in place, so call model.{name} as before")
+        raise AttributeError(f"PruneHandle has no attribute {name!r}; it has report(), remove(), trace, method, keep, model")
+
+    def __repr__(self) -> str:
+        state = "applied" if self.is_applied else "removed"
+        stages = ", ".join(stage.point.label for stage in self.method.stages) or "no stage"
+        return f"<PruneHandle {self.method.name} on {type(self.model).__name__} at {stages}; {state}>"
+
+
+def apply(
+    model: nn.Module,
+    method: str | MethodCard | PruningMethod | Sequence[str] | None = None,
+    keep: Keep | Sequence[float] | str | None = None,
+    *,
+    positions: str | None = None,
+    **options: Any,
+) -> PruneHandle:
+    """Prune the visual tokens of this model instance, in place, until ``handle.remove()``.
+
+    Args:
+        model: a Hugging Face vision-language model, a CLIP-like model, or an open_clip / timm vision transformer.
+        method: a name from `vlprune.list_methods`, a card or a method of your own, several names (their stages are put
+            together), or ``None`` for the default of the model family.
+        keep: a float in (0, 1], the share of visual tokens that stay; an int, the number per visual item (image, or whole
+            video); for methods with a schedule also what their page says. ``None``: the method's default.
+        positions: ``"preserve"`` keeps every survivor's own position (default); ``"renumber"`` closes the gaps.
+        options: of the method; see ``help(vlprune.get_method(name).build)``.
+
+    Raises:
+        UnknownNameError, OptionError: a method, option or value that does not exist.
+        UnsupportedModelError, UnsupportedPointError, MissingSignalError: the model cannot serve the method.
+        AlreadyAppliedError: the model is pruned already.
+
+    Nothing is changed if an error is raised.
+    """
+    adapter = find_adapter(model)
+    current = _APPLIED.get(model)
+    if current is not None and (known := current()) is not None and known.is_applied:
+        raise AlreadyAppliedError(f"{type(model).__name__} is pruned already by {known!r}. Call its remove() first, or give several methods at once as a list.")
+    if method is None:
+        method, default_keep = adapter.default_method()
+        keep = default_keep if keep is None else keep
+    built, keep, modality = build_method(method, adapter.facts, keep, options)
+    policy = built.positions if positions is None else positions
+    if policy not in POSITIONS:
+        raise OptionError(f"positions={policy!r}: choose 'preserve' or 'renumber'")
+    check_stages(built, adapter)
+    pruner = Pruner(built, positions=policy, modality=modality)
+    hooks = HookSet()
+    try:
+        adapter.attach(hooks, pruner)
+    except BaseException:
+        hooks.remove()
+        raise
+    handle = PruneHandle(model, adapter, pruner, hooks, keep)
+    _APPLIED[model] = weakref.ref(handle)
+    return handle
+
+
+def build_method(method: Any, facts: ModelFacts, keep: Any, options: dict[str, Any]) -> tuple[PruningMethod, Any, str]:
+    """Resolve what the user gave to a method, its keep and the modality it works on."""
+    if isinstance(method, PruningMethod):
+        if options:
+            raise OptionError(f"a PruningMethod is complete; it takes no options (given: {', '.join(options)})")
+        stages = tuple(replace(stage, budget=Budget(keep)) for stage in method.stages) if keep is not None else method.stages
+        return replace(method, stages=stages), keep, "any"
+    if isinstance(method, (list, tuple)):
+        if not method:
+            raise OptionError("an empty list of methods; give names such as ['hiprune', 'transprune']")
+        parts = [build_method(name, facts, keep, options.get(name, {}) if isinstance(name, str) else {}) for name in method]
+        extra = set(options) - {name for name in method if isinstance(name, str)}
+        if extra:
+            raise OptionError(f"with several methods, give options by method, e.g. {method[0]}=dict(...); got {', '.join(sorted(extra))}")
+        stages = tuple(stage for built, _, _ in parts for stage in built.stages)
+        modality = next((m for _, _, m in parts if m != "any"), "any")
+        return PruningMethod("+".join(b.name for b, _, _ in parts), stages, parts[0][0].positions), keep, modality
+    card = method if isinstance(method, MethodCard) else get_method(str(method))
+    keep = card.default_keep if keep is None else keep
+    known = [name for name, p in inspect.signature(card.build).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise unknown(f"option of {card.name}", name, known)
+    if isinstance(keep, (int, float)):
+        Budget(keep)                                                     # say at once what is wrong with it
+    return card.build(facts, keep, **options), keep, card.modality
+
+
+def check_stages(method: PruningMethod, adapter: Adapter) -> None:
+    """Every point must exist on this model and give the signals its stage looks at."""
+    points = adapter.points()
+    for stage in method.stages:
+        label = stage.point.label
+        if label not in points:
+            raise UnsupportedPointError(f"{method.name} acts at {label}, which this {adapter.name} model does not have. Its points: {_ranges(points)}.")
+        offered = adapter.offers(stage.point)
+        for tap in stage.needs:
+            _check_tap(method, adapter, stage, tap, offered)
+
+
+def _check_tap(method: PruningMethod, adapter: Adapter, stage: Stage, tap: Any, offered: frozenset[str]) -> None:
+    have = ", ".join(sorted(offered)) or "none"
+    if tap.kind not in offered:
+        raise MissingSignalError(
+            f"{method.name} needs {tap.kind} at {stage.point.label}, which this {adapter.name} model does not offer there (it offers: {have}). "
+            "Choose a method without it; `vlprune methods` lists what each needs."
+        )
+    depth = adapter.facts.vision_layers if tap.tower == "vision" else adapter.facts.decoder_layers
+    if not 0 <= tap.layer < depth:
+        raise OptionError(f"{method.name} reads {tap.kind} in {tap.tower} layer {tap.layer}, but there are layers 0 to {depth - 1}")
+    late = tap.tower == stage.point.tower and (tap.layer > stage.point.layer or (tap.layer == stage.point.layer and tap.kind == "transition"))
+    if late:
+        raise MissingSignalError(f"{method.name} reads {tap.kind} of {tap.tower} layer {tap.layer}, which has not run when {stage.point.label} is reached")
+
+
+def _ranges(labels: list[str]) -> str:
+    """``["llm:0", "llm:1", "llm:2"]`` as ``"llm:0 ... llm:2"``."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault(label.partition(":")[0], []).append(label)
+    return ", ".join(members[0] if len(members) == 1 else f"{members[0]} ... {members[-1]}" for members in groups.values())
+
+
+__all__ = ["PruneHandle", "VisionLayer", "VlpruneError", "apply"]

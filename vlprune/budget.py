@@ -1,0 +1,57 @@
+"""How many visual tokens stay: counted, and rounded, in this one place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vlprune.errors import OptionError
+
+Keep = float | int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A share in (0, 1] of a visual item's tokens (float), or a number of tokens per item (int).
+
+    ``rounding`` is ``"round"`` (Python's, half to even: what most reference programs call) or ``"floor"``
+    (``int()``), as a paper's code does it. At least one token stays, unless the budget is an explicit 0.
+    """
+
+    keep: Keep
+    rounding: str = "round"
+    allow_zero: bool = False
+
+    def __post_init__(self) -> None:
+        keep = self.keep
+        if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+            raise OptionError(f"keep={keep!r}: give a float in (0, 1], the share that stays, or an int, tokens per visual item")
+        if isinstance(keep, float) and not math.isfinite(keep):
+            raise OptionError(f"keep={keep!r} is not a number; give a float in (0, 1] or an int")
+        if keep == 0 and self.allow_zero:
+            return
+        if isinstance(keep, float) and not 0.0 < keep <= 1.0:
+            hint = f" For {int(keep)} tokens per item write keep={int(keep)}." if keep > 1 and keep == int(keep) else ""
+            raise OptionError(f"keep={keep!r}: a share must lie in (0, 1].{hint}")
+        if isinstance(keep, int) and keep < 1:
+            raise OptionError(f"keep={keep!r}: at least one token per visual item must stay")
+        if self.rounding not in ("round", "floor"):
+            raise OptionError(f"rounding={self.rounding!r}: 'round' or 'floor'")
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether this budget keeps every token whatever their number (``keep=1.0``)."""
+        return isinstance(self.keep, float) and self.keep == 1.0
+
+    def num_keep(self, num_tokens: int) -> int:
+        """Return how many of ``num_tokens`` stay, between 1 (0 if allowed) and ``num_tokens``."""
+        if isinstance(self.keep, int) and self.keep > 0:
+            if self.keep > num_tokens:
+                raise OptionError(
+                    f"keep={self.keep} tokens per visual item, but an item here has only {num_tokens}. "
+                    f"Give at most {num_tokens}, or a share such as keep=0.25."
+                )
+            return self.keep
+        exact = self.keep * num_tokens
+        wanted = int(exact) if self.rounding == "floor" else round(exact)
+        return min(num_tokens, max(0 if self.allow_zero else min(1, num_tokens), wanted))

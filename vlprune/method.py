@@ -1,0 +1,145 @@
+"""A published method is a value made of parts: stages at points, and the card that describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from vlprune.budget import Budget, Keep
+from vlprune.points import Point
+from vlprune.protocols import Reducer, ScoreInputs, Scorer, Selector, Tap
+
+#: ``(inputs) -> (B,) bool``: whether a stage acts on each item. Reading it costs one host sync, so only adaptive methods have one.
+Gate = Callable[[ScoreInputs], Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Scorer + selector + reducer at one pruning point.
+
+    Attributes:
+        budget: how many of an item's *original* tokens stay after this stage.
+        gate: for adaptive methods; items for which it is false keep everything.
+        gate_needs: signals the gate looks at.
+        restore: decoder layer before which the dropped rows come back (a *skip*); ``None``: at the output (a *prune*).
+    """
+
+    point: Point
+    scorer: Scorer
+    selector: Selector
+    reducer: Reducer
+    budget: Budget
+    gate: Gate | None = None
+    gate_needs: tuple[Tap, ...] = ()
+    restore: int | None = None
+
+    @property
+    def needs(self) -> tuple[Tap, ...]:
+        """Every signal that the parts of this stage look at, each once."""
+        return tuple(dict.fromkeys((*self.scorer.needs, *self.selector.needs, *self.gate_needs)))
+
+
+@dataclass(frozen=True)
+class Bypass:
+    """Some rows run through a part of a decoder block, the others keep their residual.
+
+    Attributes:
+        layer: 0-based decoder layer.
+        part: ``"attn"``, ``"mlp"`` or ``"block"``.
+        rows: ``(visual (B, L) bool) -> (B, L) bool``, true where the row *runs*. Applied in prefill.
+        kv: what the bypassed rows leave in the layer's keys and values. ``"full"`` and ``"project_only"``: keys and values
+            projected from their residual (the same numbers; both compute the attention of all rows today).
+            ``"active_only"``: nothing, so later tokens do not see them in this layer.
+    """
+
+    layer: int
+    part: str
+    rows: Callable[[Tensor], Tensor]
+    kv: str = "full"
+
+
+@dataclass(frozen=True)
+class LayerSkip:
+    """Run or skip a whole decoder layer: ``run(phase, step, position) -> bool`` with phase ``"prefill"`` or ``"decode"``."""
+
+    layer: int
+    run: Callable[[str, int, int], bool]
+
+
+@dataclass(frozen=True)
+class PruningMethod:
+    """What `vlprune.apply` puts on a model.
+
+    Attributes:
+        name: for reports.
+        stages: in any order; they act in the order of their points.
+        positions: the method's own position policy, ``"preserve"`` or ``"renumber"``; the user's choice wins.
+        bypasses, layer_skips: rows and layers that are skipped rather than dropped.
+    """
+
+    name: str
+    stages: tuple[Stage, ...] = ()
+    positions: str = "preserve"
+    bypasses: tuple[Bypass, ...] = ()
+    layer_skips: tuple[LayerSkip, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The numbers of a model that a method may scale itself by. No names: methods know no model.
+
+    Attributes:
+        decoder_layers, vision_layers: depths (0 where there is no such tower).
+        feature_layer: 0-based vision block whose output becomes the visual tokens.
+        global_vision_layers: vision blocks in which every token sees its whole image (others see a window).
+        has_cls: whether the vision tower carries a CLS token.
+        signals: kinds that can be tapped.
+    """
+
+    decoder_layers: int = 0
+    vision_layers: int = 0
+    feature_layer: int = 0
+    global_vision_layers: tuple[int, ...] = ()
+    has_cls: bool = False
+    signals: frozenset[str] = frozenset()
+
+    def nearest_global(self, layer: int) -> int:
+        """The vision block closest to ``layer`` (0-based) with attention over the whole image; the earlier one on a tie."""
+        return min(self.global_vision_layers or range(max(self.vision_layers, 1)), key=lambda block: (abs(block - layer), block))
+
+
+@dataclass(frozen=True)
+class MethodCard:
+    """The frozen registry entry of a method. Tables, tests and error messages are made from it.
+
+    Attributes:
+        build: ``build(facts, keep, **options) -> PruningMethod``; its keyword options are the user's options.
+        points: labels of where it acts by default, with ``K`` for a layer that scales with depth.
+        needs: kinds of signals (``vlprune.protocols.TAP_KINDS``).
+        modality: ``"image"``, ``"video"`` or ``"any"``.
+        exact: kept tokens are unchanged, so "drop equals mask" holds.
+        adaptive: the number kept depends on the data.
+        equivariant: permuting the tokens permutes the choice (false for baselines that look at places only).
+        default_keep: used when the user gives none.
+        golden: folders under ``golden/`` with the authors' numbers.
+    """
+
+    name: str
+    build: Callable[..., PruningMethod]
+    summary: str
+    paper: str = ""
+    code: str = ""
+    points: tuple[str, ...] = ("before_llm",)
+    needs: tuple[str, ...] = ()
+    modality: str = "any"
+    reduction: str = "drop"
+    text_aware: bool = False
+    exact: bool = True
+    adaptive: bool = False
+    equivariant: bool = True
+    default_keep: Keep | tuple[float, ...] = 1 / 3
+    golden: tuple[str, ...] = ()
+    test_options: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,343 @@
+"""The middle of the flow: tokens and signals in, kept rows out. Pure tensors; knows no model and no part by name."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlprune.errors import NotFiniteError, OptionError
+from vlprune.method import PruningMethod, Stage
+from vlprune.protocols import Reduced, ScoreInputs, Selection, Tap, gather_tokens
+from vlprune.trace import PointRecord, Trace
+from vlprune.tokens import TokenLayout, VisualItem
+
+
+@dataclass
+class ItemState:
+    """A visual item on its way through the model.
+
+    Attributes:
+        slots: (n,) places of its remaining tokens in the current, shortened row.
+        original: (n,) their numbers within the item before any reduction.
+        sizes: (n,) how many original tokens each stands for, or ``None``.
+    """
+
+    item: VisualItem
+    slots: Tensor
+    original: Tensor
+    sizes: Tensor | None = None
+
+
+@dataclass
+class Cut:
+    """One reduction of the sequence: rows ``order`` of the sequence before it stay.
+
+    Attributes:
+        order: (B, L') places in the sequence before the cut. Short rows repeat their last place.
+        before: (B, L, D) hidden states before the cut, for the rows that left.
+        layer: decoder layer before which it happened.
+        restore: layer before which the rows come back, ``None`` for the output.
+    """
+
+    order: Tensor
+    before: Tensor
+    layer: int
+    restore: int | None = None
+    last: Tensor | None = None              # (B, L') clamps places to the row's own length; None: no row is short
+    undo: Any = None
+
+
+#: ``(tap, items) -> (G, n) or (G, n, C)``: the signal, aligned with each item's current tokens.
+Collect = Callable[[Tap, list[ItemState]], Tensor]
+
+
+@dataclass
+class Session:
+    """One prefill call: what is where, what stayed, what was seen. Belongs to one thread and one forward pass."""
+
+    pruner: Pruner
+    layout: TokenLayout
+    device: torch.device
+    index: Tensor | None = None             # (B, Lc) original place of every current row entry; None: nothing left yet
+    valid: Tensor | None = None             # (B, Lc) false on repeated entries of short rows; None: no row is short
+    lengths: list[int] = field(default_factory=list)
+    items: list[ItemState] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
+    signals: dict[Any, Any] = field(default_factory=dict)
+    nan_flags: list[tuple[str, Tensor]] = field(default_factory=list)
+    trace: Trace = field(default_factory=Trace)
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.lengths = [self.layout.length] * self.layout.num_rows
+        if not self.items:
+            for item in self.layout.items:
+                slots = item.positions.to(self.device, non_blocking=True)
+                self.items.append(ItemState(item, slots, torch.arange(item.num_tokens, device=self.device)))
+
+    @property
+    def length(self) -> int:
+        """Current length of the (padded) rows."""
+        return max(self.lengths)
+
+    def slots_of(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Current places (G, T) of original positions (G, T) that are all still there, in batch rows (G,)."""
+        if self.index is None:
+            return positions
+        return torch.searchsorted(self.index[rows].contiguous(), positions.contiguous())
+
+    def groups(self) -> list[list[ItemState]]:
+        """Items that can be scored in one call: same current and original size, same modality, both with or without grid."""
+        found: dict[Any, list[ItemState]] = defaultdict(list)
+        for state in self.items:
+            key = (state.slots.numel(), state.item.num_tokens, state.item.modality, state.item.grid is None, state.sizes is None)
+            found[key].append(state)
+        return list(found.values())
+
+    def reduce(self, stage: Stage, hidden: Tensor, collect: Collect) -> Tensor | None:
+        """Run a stage on ``hidden`` (B, Lc, D); returns the shortened hidden states, or ``None`` if everything stays."""
+        before = [state.slots.numel() for state in self.items]
+        chosen: list[tuple[list[ItemState], Selection, Reduced]] = []
+        for group in self.groups():
+            chosen.extend(self._choose(stage, group, hidden, collect))
+        changed = bool(chosen)
+        if changed:
+            self._record(stage, before, chosen)
+            hidden = self._shorten(stage, hidden, chosen)
+        else:
+            self._record(stage, before, [])
+        return hidden if changed else None
+
+    def _choose(self, stage: Stage, group: list[ItemState], hidden: Tensor, collect: Collect) -> list[tuple[list[ItemState], Selection, Reduced]]:
+        first = group[0]
+        current, total = first.slots.numel(), first.item.num_tokens
+        num_keep = min(current, stage.budget.num_keep(total))
+        if current == 0 or num_keep == current:
+            return []
+        modality = self.pruner.modality
+        if modality != "any" and first.item.modality != modality:
+            raise OptionError(
+                f"{self.pruner.method.name} works on {modality}s only, but the prompt holds {_article(first.item.modality)}. "
+                f"Choose a method for {first.item.modality}s (see `vlprune methods`)."
+            )
+        with torch.no_grad():                           # choosing has no gradient; merging does
+            found = self._select(stage, group, hidden, num_keep, collect)
+        if found is None:
+            return []
+        group, inputs, selection = found
+        if stage.reducer.exact:
+            return [(group, selection, Reduced())]
+        slots = torch.stack([state.slots for state in group])
+        rows = torch.tensor([state.item.row for state in group]).to(hidden.device, non_blocking=True)
+        return [(group, selection, stage.reducer(replace(inputs, tokens=hidden[rows[:, None], slots]), selection))]
+
+    def _select(self, stage: Stage, group: list[ItemState], hidden: Tensor, num_keep: int, collect: Collect) -> tuple[list[ItemState], ScoreInputs, Selection] | None:
+        inputs = self._inputs(stage, group, hidden, num_keep, collect)
+        if stage.gate is not None:
+            acts = stage.gate(inputs).tolist()      # the one host read of an adaptive method
+            group = [state for state, act in zip(group, acts, strict=True) if act]
+            if not group:
+                return None
+            if not all(acts):
+                inputs = self._inputs(stage, group, hidden, num_keep, collect)
+        scores = stage.scorer(inputs).float()
+        if scores.shape != inputs.tokens.shape[:2]:
+            raise OptionError(f"scorer {type(stage.scorer).__name__} returned shape {tuple(scores.shape)}, expected {tuple(inputs.tokens.shape[:2])} (items, tokens)")
+        self._check_finite(stage, scores)
+        return group, inputs, stage.selector(scores, inputs)
+
+    def _inputs(self, stage: Stage, group: list[ItemState], hidden: Tensor, num_keep: int, collect: Collect) -> ScoreInputs:
+        rows = torch.tensor([state.item.row for state in group]).to(hidden.device, non_blocking=True)
+        slots = torch.stack([state.slots for state in group])                        # (G, n)
+        original = torch.stack([state.original for state in group])
+        grid = None
+        if group[0].item.grid is not None:
+            grids = torch.stack([state.item.grid for state in group if state.item.grid is not None])
+            grid = gather_tokens(grids.to(hidden.device, non_blocking=True), original)
+        sizes = torch.stack([s.sizes for s in group if s.sizes is not None]) if group[0].sizes is not None else None
+        return ScoreInputs(
+            tokens=hidden[rows[:, None], slots],
+            num_keep=num_keep,
+            grid=grid,
+            original=original,
+            num_original=group[0].item.num_tokens,
+            modality=group[0].item.modality,
+            signals={tap: collect(tap, group) for tap in stage.needs},
+            sizes=sizes,
+        )
+
+    def _check_finite(self, stage: Stage, scores: Tensor) -> None:
+        """NaN is an error. On a GPU the flag is read once, at the end of the forward, not here."""
+        flag = scores.isnan().any()
+        if flag.device.type == "cpu" and bool(flag):
+            raise nan_error(self.pruner.method.name, stage.point.label)
+        if flag.device.type != "cpu":
+            self.nan_flags.append((stage.point.label, flag))
+
+    def finish(self) -> None:
+        """Read the NaN flags that were left for the end of the forward pass."""
+        for label, flag in self.nan_flags:
+            if bool(flag):
+                raise nan_error(self.pruner.method.name, label)
+
+    def _shorten(self, stage: Stage, hidden: Tensor, chosen: list[tuple[list[ItemState], Selection, Reduced]]) -> Tensor:
+        num_rows, length = hidden.shape[:2]
+        device = hidden.device
+        places = torch.arange(length, device=device)
+        old_lengths = torch.tensor(self.lengths).to(device, non_blocking=True)
+        keep = places[None, :] < old_lengths[:, None]                                # (B, Lc)
+        lengths = list(self.lengths)
+        put: list[tuple[Tensor, list[ItemState], Tensor, Reduced]] = []
+        undo_items = [(s.slots, s.original, s.sizes) for s in self.items]
+        for group, selection, reduced in chosen:
+            rows = torch.tensor([state.item.row for state in group]).to(device, non_blocking=True)
+            slots = torch.stack([state.slots for state in group])
+            stay = torch.gather(slots, 1, selection.keep_indices)                    # (G, K)
+            keep[rows[:, None], slots] = False
+            keep[rows[:, None], stay] = True
+            for state, kept in zip(group, selection.keep_indices, strict=True):
+                lengths[state.item.row] -= state.slots.numel() - kept.numel()
+                state.original = state.original[kept]
+            put.append((rows, group, stay, reduced))
+        new_length = max(lengths)
+        undo = (self.index, self.valid, self.lengths, undo_items)
+        order = torch.argsort(keep.to(torch.uint8), dim=1, descending=True, stable=True)[:, :new_length]  # kept first, in order
+        valid = last = None
+        if min(lengths) != new_length:
+            ends = torch.tensor(lengths).to(device, non_blocking=True)[:, None] - 1
+            places = torch.arange(new_length, device=device)[None, :]
+            last = torch.minimum(places, ends)
+            order = torch.gather(order, 1, last)                                     # short rows repeat their last token
+            valid = places <= ends
+        rank = keep.cumsum(dim=1) - 1
+        shortened = gather_tokens(hidden, order)
+        touched = {id(state) for group, _, _ in chosen for state in group}
+        for rows, group, stay, reduced in put:
+            slots = rank[rows[:, None], stay]
+            for number, state in enumerate(group):
+                state.slots = slots[number]
+                if reduced.sizes is not None:
+                    state.sizes = reduced.sizes[number]
+                elif state.sizes is not None:
+                    state.sizes = None
+            if reduced.tokens is not None:
+                shortened = shortened.index_put((rows[:, None], slots), reduced.tokens.to(shortened.dtype))
+        for state in self.items:
+            if id(state) not in touched:
+                state.slots = rank[state.item.row, state.slots]
+        self.cuts.append(Cut(order, hidden, stage.point.layer, stage.restore, last, undo))
+        self.index = order if self.index is None else torch.gather(self.index, 1, order)
+        self.valid, self.lengths = valid, lengths
+        return shortened
+
+    def restore(self, hidden: Tensor, cuts: Iterable[Cut] | None = None) -> Tensor:
+        """Put the rows that left back in their places, newest cut first, each with the state it left with."""
+        for cut in reversed(list(self.cuts if cuts is None else cuts)):
+            if cut.last is not None:                    # repeated entries must write the same value
+                hidden = gather_tokens(hidden, cut.last)
+            places = cut.order[..., None].expand(-1, -1, hidden.shape[-1])
+            hidden = cut.before.to(hidden.dtype).scatter(1, places, hidden)
+        return hidden
+
+    def bring_back(self, layer: int, hidden: Tensor) -> Tensor:
+        """End the skips whose rows return before ``layer``."""
+        while self.cuts and self.cuts[-1].restore == layer:
+            cut = self.cuts.pop()
+            hidden = self.restore(hidden, [cut])
+            self.index, self.valid, self.lengths, items = cut.undo
+            for state, (slots, original, sizes) in zip(self.items, items, strict=True):
+                state.slots, state.original, state.sizes = slots, original, sizes
+        return hidden
+
+    def _record(self, stage: Stage, before: list[int], chosen: list[tuple[list[ItemState], Selection, Reduced]]) -> None:
+        kept = {id(state): (selection, number) for group, selection, _ in chosen for number, state in enumerate(group)}
+        record = PointRecord(stage.point.label, self.pruner.method.name, sum(before))
+        for state in self.items:
+            entry = kept.get(id(state))
+            selection, number = entry if entry is not None else (None, 0)
+            original = state.original if selection is None else state.original[selection.keep_indices[number]]
+            roles = None if selection is None or selection.roles is None else selection.roles[number]
+            record.add(state.item, original, roles, selection.role_names if selection is not None else ("kept",))
+        self.trace.points.append(record)
+
+
+class Pruner:
+    """A method made ready for one model: its stages by place, and what the calling threads are doing."""
+
+    def __init__(self, method: PruningMethod, *, positions: str, modality: str = "any") -> None:
+        self.method = method
+        self.positions = positions
+        self.modality = modality
+        self.last_trace: Trace | None = None
+        self._local = threading.local()
+
+    def stages(self, tower: str) -> dict[int, list[Stage]]:
+        """Stages of a tower by layer, in the order given."""
+        found: dict[int, list[Stage]] = defaultdict(list)
+        for stage in self.method.stages:
+            if stage.point.tower == tower and not stage.budget.is_everything:
+                found[stage.point.layer].append(stage)
+        return dict(sorted(found.items()))
+
+    def taps(self, tower: str) -> dict[Tap, int]:
+        """Signals needed from a tower, with the first layer whose point looks at each."""
+        first: dict[Tap, int] = {}
+        for stage in self.method.stages:
+            for tap in stage.needs:
+                if tap.tower == tower and not stage.budget.is_everything:
+                    first[tap] = min(first.get(tap, stage.point.layer), stage.point.layer)
+        return first
+
+    @property
+    def session(self) -> Session | None:
+        """The prefill this thread is in, if any."""
+        return getattr(self._local, "session", None)
+
+    @session.setter
+    def session(self, value: Session | None) -> None:
+        self._local.session = value
+
+    @property
+    def vision(self) -> dict[Any, Any]:
+        """Signals of the vision tower call this thread is in, by tap."""
+        return self._local.__dict__.setdefault("vision", {})  # type: ignore[no-any-return]
+
+    @vision.setter
+    def vision(self, value: dict[Any, Any]) -> None:
+        self._local.vision = value
+
+    @property
+    def vision_lengths(self) -> list[int]:
+        """Tokens that each vision block of this thread's latest tower call ran on."""
+        return self._local.__dict__.setdefault("vision_lengths", [])  # type: ignore[no-any-return]
+
+    @vision_lengths.setter
+    def vision_lengths(self, value: list[int]) -> None:
+        self._local.vision_lengths = value
+
+    @property
+    def call(self) -> Any:
+        """What the adapter notes about the model call this thread is in."""
+        return getattr(self._local, "call", None)
+
+    @call.setter
+    def call(self, value: Any) -> None:
+        self._local.call = value
+
+
+def nan_error(method: str, label: str) -> NotFiniteError:
+    """The error for NaN scores."""
+    return NotFiniteError(
+        f"{method} got NaN scores at {label}: the activations there are not finite. Check the inputs, or run the model in "
+        "bfloat16 or float32 instead of float16; keep=1.0 runs it unpruned."
+    )
+
+
+def _article(modality: str) -> str:
+    return f"an {modality}" if modality[0] in "aeiou" else f"a {modality}"

@@ -1,0 +1,112 @@
+"""What the last prefill did, as a table and as numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vlprune.flops import TowerShape, stack_flops, stack_kv_bytes
+from vlprune.trace import PointRecord, Trace
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tokens, FLOPs and cache bytes of one prefill, for the whole batch.
+
+    Attributes:
+        method, keep: what was applied.
+        points: a record for each pruning point (`vlprune.trace.PointRecord`): ``.point``, ``.method``, ``.visual_before``,
+            ``.visual_kept``, ``.keep_indices``.
+        flops_dense, flops_pruned: prefill FLOPs, vision tower + scorer + decoder (conventions in `vlprune.flops`).
+        kv_bytes_dense, kv_bytes_pruned: bytes of the key-value cache after prefill.
+        parts: the same FLOPs split into ``vision``, ``scorer``, ``decoder_dense``, ``decoder``.
+    """
+
+    method: str
+    keep: Any
+    points: list[PointRecord]
+    flops_dense: float
+    flops_pruned: float
+    kv_bytes_dense: int
+    kv_bytes_pruned: int
+    parts: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, ready for JSON."""
+        return {
+            "method": self.method,
+            "keep": self.keep,
+            "points": [
+                {
+                    "point": record.point,
+                    "method": record.method,
+                    "visual_before": record.visual_before,
+                    "visual_kept": record.visual_kept,
+                    "keep_indices": [indices.tolist() for indices in record.keep_indices],
+                }
+                for record in self.points
+            ],
+            "flops_dense": self.flops_dense,
+            "flops_pruned": self.flops_pruned,
+            "kv_bytes_dense": self.kv_bytes_dense,
+            "kv_bytes_pruned": self.kv_bytes_pruned,
+            "parts": self.parts,
+        }
+
+    def __str__(self) -> str:
+        keep = f", keep={self.keep:.4g}" if isinstance(self.keep, float) else f", keep={self.keep}" if self.keep is not None else ""
+        lines = [f"vlprune report: {self.method}{keep}"]
+        if not self.points:
+            lines.append("  no pruning point was passed (no visual tokens in the last call, or nothing to prune)")
+            return "\n".join(lines)
+        lines.append(f"  {'point':<12}{'method':<12}{'before':>8}{'kept':>8}{'share':>8}")
+        for record in self.points:
+            share = record.visual_kept / max(record.visual_before, 1)
+            lines.append(f"  {record.point:<12}{record.method:<12}{record.visual_before:>8}{record.visual_kept:>8}{share:>8.1%}")
+        if self.flops_dense:
+            lines.append(f"  prefill FLOPs  {_si(self.flops_dense)} -> {_si(self.flops_pruned)}  ({self.flops_pruned / self.flops_dense:.1%} of dense)")
+        if self.kv_bytes_dense:
+            ratio = self.kv_bytes_pruned / self.kv_bytes_dense
+            lines.append(f"  KV cache       {_si(self.kv_bytes_dense, 'B')} -> {_si(self.kv_bytes_pruned, 'B')}  ({ratio:.1%} of dense)")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def make_report(trace: Trace | None, method: str, keep: Any) -> Report:
+    """Read a trace. Counts are 0 where the adapter does not know the shapes."""
+    if trace is None:
+        return Report(method, keep, [], 0.0, 0.0, 0, 0, {})
+    decoder, vision = trace.shapes.get("decoder"), trace.shapes.get("vision")
+    seen = 0.0
+    if isinstance(vision, TowerShape) and trace.vision_tokens:
+        sequences = max(trace.vision_sequences, 1)
+        seen = sum(sequences * vision.layer_flops(tokens // sequences) for tokens in trace.vision_tokens)
+    flops_dense = flops_pruned = seen
+    kv_dense = kv_pruned = 0
+    parts = {"vision": seen, "scorer": trace.scorer_flops}
+    if isinstance(decoder, TowerShape) and trace.layout is not None and trace.decoder_lengths:
+        full = [[trace.layout.length] * trace.layout.num_rows] * decoder.layers
+        head = 2.0 * decoder.width * decoder.vocabulary * trace.layout.num_rows
+        parts["decoder_dense"] = stack_flops(decoder, full, trace.past_length) + head
+        parts["decoder"] = stack_flops(decoder, trace.decoder_lengths, trace.past_length) + head
+        flops_dense += parts["decoder_dense"]
+        flops_pruned += parts["decoder"] + trace.scorer_flops
+        kv_dense = stack_kv_bytes(decoder, full, trace.kv_element_bytes, trace.past_length)
+        stored = [[max(lengths)] * len(lengths) for lengths in trace.decoder_lengths]    # short rows are filled up
+        kv_pruned = stack_kv_bytes(decoder, stored, trace.kv_element_bytes, trace.past_length)
+    return Report(method, keep, list(trace.points), flops_dense, flops_pruned, kv_dense, kv_pruned, parts)
+
+
+def roles_of(record: PointRecord, item: int) -> Tensor | None:
+    """Roles of one item's kept tokens, if the method has any."""
+    return record.roles[item]
+
+
+def _si(value: float, unit: str = "FLOP") -> str:
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"

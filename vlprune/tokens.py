@@ -1,0 +1,88 @@
+"""Which positions of a prompt are visual tokens, and to which image or video they belong. Host side, no device reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VisualItem:
+    """One image or one whole video in one row of the batch.
+
+    Attributes:
+        row: row of the batch.
+        positions: (N,) int64 on the CPU, ascending: places of its tokens in that row.
+        modality: ``"image"`` or ``"video"``.
+        index: how many items of the same modality precede it in the call (reading order over rows).
+        grid: (N, 3) int64 on the CPU or ``None``: frame (or tile), row and column of each token. Separator tokens
+            (newlines) have row and column -1.
+    """
+
+    row: int
+    positions: Tensor
+    modality: str = "image"
+    index: int = 0
+    grid: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """N, before any reduction."""
+        return int(self.positions.numel())
+
+
+@dataclass
+class TokenLayout:
+    """Where everything is in one prefill call: B rows of L positions.
+
+    Attributes:
+        num_rows, length: B and L.
+        items: visual items in reading order, row by row.
+        valid: (B, L) bool on the CPU; ``False`` on padding.
+    """
+
+    num_rows: int
+    length: int
+    items: list[VisualItem] = field(default_factory=list)
+    valid: Tensor | None = None
+
+    def visual_mask(self) -> Tensor:
+        """(B, L) bool: positions that hold a visual token."""
+        mask = torch.zeros(self.num_rows, self.length, dtype=torch.bool)
+        for item in self.items:
+            mask[item.row, item.positions] = True
+        return mask
+
+    def valid_mask(self) -> Tensor:
+        """(B, L) bool: positions that are not padding."""
+        if self.valid is None:
+            return torch.ones(self.num_rows, self.length, dtype=torch.bool)
+        return self.valid
+
+    def text_after(self, item: VisualItem) -> Tensor:
+        """Positions (T,) of the text tokens after this item in its row (all text of the row if none follows)."""
+        text = self.valid_mask()[item.row] & ~self.visual_mask()[item.row]
+        after = text.clone()
+        after[: int(item.positions[-1]) + 1] = False
+        return torch.nonzero(after if bool(after.any()) else text).flatten()
+
+    def last_token(self, row: int) -> int:
+        """Position of the last token of a row that is not padding."""
+        return int(torch.nonzero(self.valid_mask()[row]).flatten()[-1])
+
+
+def square_grid(num_tokens: int, frames: int = 1) -> Tensor | None:
+    """(N, 3) grid of ``frames`` square maps in raster order, or ``None`` if N does not split into squares."""
+    per_frame, rest = divmod(num_tokens, max(frames, 1))
+    side = round(per_frame**0.5)
+    if rest or side * side != per_frame or per_frame == 0:
+        return None
+    return raster_grid(frames, side, side)
+
+
+def raster_grid(frames: int, rows: int, columns: int) -> Tensor:
+    """(frames * rows * columns, 3) frame, row and column of every cell in raster order."""
+    axes = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack([axis.flatten() for axis in axes], dim=-1)
