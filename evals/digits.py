@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image
@@ -130,7 +130,7 @@ def _digit_images() -> tuple[list[Image.Image], np.ndarray]:
     return pictures, data.target
 
 
-@lru_cache(maxsize=None)
+@cache
 def digit_pool(split: str) -> dict[int, tuple[int, ...]]:
     """Indices into ``load_digits`` that a split draws from, by class (every fifth image of a class is held out)."""
     targets = _digit_images()[1]
@@ -142,7 +142,7 @@ def digit_pool(split: str) -> dict[int, tuple[int, ...]]:
     return pool
 
 
-@lru_cache(maxsize=None)
+@cache
 def _background(name: str) -> Image.Image:
     import skimage
     import sklearn.datasets
@@ -218,9 +218,7 @@ def _patch_share(mask: np.ndarray, y: int, x: int) -> np.ndarray:
     return out
 
 
-def scene(
-    split: str, index: int, *, seed: int = 0, digits: tuple[int, int] | None = None, warp: float = 0.0
-) -> Scene:
+def scene(split: str, index: int, *, seed: int = 0, digits: tuple[int, int] | None = None, warp: float = 0.0) -> Scene:
     """Draws one scene.
 
     Args:

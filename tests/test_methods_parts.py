@@ -19,13 +19,29 @@ from vlprune.methods.hiprune import hiprune
 from vlprune.methods.todre import todre
 from vlprune.methods.transprune import stage_layers, transprune
 from vlprune.protocols import ScoreInputs, Tap, gather_tokens
-from vlprune.scorers import Blend, Centrality, SignalScore, TemporalDissimilarity, TransitionVariation, transition_statistics
+from vlprune.scorers import (
+    Blend,
+    Centrality,
+    SignalScore,
+    TemporalDissimilarity,
+    TransitionVariation,
+    transition_statistics,
+)
 from vlprune.scorers.transition import transition_variation
 from vlprune.selectors import Diversity, Hierarchy, TopK
 from vlprune.selectors.hierarchy import neighbours
 
-CLIP = ModelFacts(32, 24, 22, tuple(range(24)), True, frozenset({"column_mean", "cls_row", "last_row", "text_rows", "text_mass", "transition"}))
-QWEN = ModelFacts(28, 32, 31, (7, 15, 23, 31), False, frozenset({"column_mean", "last_row", "text_rows", "text_mass", "transition"}))
+CLIP = ModelFacts(
+    32,
+    24,
+    22,
+    tuple(range(24)),
+    True,
+    frozenset({"column_mean", "cls_row", "last_row", "text_rows", "text_mass", "transition"}),
+)
+QWEN = ModelFacts(
+    28, 32, 31, (7, 15, 23, 31), False, frozenset({"column_mean", "last_row", "text_rows", "text_mass", "transition"})
+)
 TINY = ModelFacts(4, 3, 1, tuple(range(3)), True, CLIP.signals)
 OBJECT, DEEP = Tap("column_mean", 8), Tap("column_mean", 22)
 
@@ -39,7 +55,9 @@ def raster(frames: int, rows: int, columns: int) -> torch.Tensor:
     return torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns))
 
 
-def random_inputs(num_items: int, num_keep: int, needs=(), *, frames=1, rows=4, columns=5, width=8, seed=0, modality="image") -> ScoreInputs:
+def random_inputs(
+    num_items: int, num_keep: int, needs=(), *, frames=1, rows=4, columns=5, width=8, seed=0, modality="image"
+) -> ScoreInputs:
     generator, num_tokens = seeded(seed), frames * rows * columns
     signals = {}
     for tap in needs:
@@ -66,22 +84,24 @@ def take(inputs: ScoreInputs, items=None, order=None) -> ScoreInputs:
         return x if order is None else x[:, order]
 
     signals = {tap: cut(x) for tap, x in inputs.signals.items()}
-    return dataclasses.replace(inputs, tokens=cut(inputs.tokens), grid=cut(inputs.grid), original=cut(inputs.original), signals=signals)
+    return dataclasses.replace(
+        inputs, tokens=cut(inputs.tokens), grid=cut(inputs.grid), original=cut(inputs.original), signals=signals
+    )
 
 
-def first_stages():
-    """The first stage of every method, with what it is called."""
-    for name, method in {
-        "hiprune": hiprune(CLIP, 7, alpha=0.7),
-        "hiprune-paper": hiprune(CLIP, 7, alpha=0.7, variant="paper"),
-        "fastv": fastv(CLIP, 7),
-        "transprune": transprune(CLIP, 7),
-        "transprune-paper": transprune(CLIP, 7, variant="paper"),
-        "todre": todre(CLIP, 7),
-        "todre-maxmin-mean": todre(QWEN, 7, rule="maxmin"),
-        "evs": evs(CLIP, 7),
-    }.items():
-        yield pytest.param(method.stages[0], "video" if name == "evs" else "image", id=name)
+METHODS = {
+    "hiprune": hiprune(CLIP, 7, alpha=0.7),
+    "hiprune-paper": hiprune(CLIP, 7, alpha=0.7, variant="paper"),
+    "fastv": fastv(CLIP, 7),
+    "transprune": transprune(CLIP, 7),
+    "transprune-paper": transprune(CLIP, 7, variant="paper"),
+    "todre": todre(CLIP, 7),
+    "todre-maxmin-mean": todre(QWEN, 7, rule="maxmin"),
+    "evs": evs(CLIP, 7),
+}
+FIRST_STAGES = [
+    pytest.param(method.stages[0], "video" if name == "evs" else "image", id=name) for name, method in METHODS.items()
+]
 
 
 def choose(stage, inputs):
@@ -91,11 +111,15 @@ def choose(stage, inputs):
 # every method
 
 
-@pytest.mark.parametrize(("stage", "modality"), first_stages())
+@pytest.mark.parametrize(("stage", "modality"), FIRST_STAGES)
 @pytest.mark.parametrize("num_keep", [1, 2, 7, 19, 20])
 def test_exactly_k_in_rising_order_whatever_the_scores(stage, modality, num_keep):
     random = random_inputs(3, num_keep, stage.needs, frames=2, rows=2, modality=modality)
-    equal = dataclasses.replace(random, tokens=torch.ones_like(random.tokens), signals={tap: torch.ones_like(x) for tap, x in random.signals.items()})
+    equal = dataclasses.replace(
+        random,
+        tokens=torch.ones_like(random.tokens),
+        signals={tap: torch.ones_like(x) for tap, x in random.signals.items()},
+    )
     for inputs in (random, equal, dataclasses.replace(random, grid=random.grid if modality == "video" else None)):
         selection = choose(stage, inputs)
         keep = selection.keep_indices
@@ -107,7 +131,7 @@ def test_exactly_k_in_rising_order_whatever_the_scores(stage, modality, num_keep
         assert selection.roles is None or selection.roles.shape == keep.shape
 
 
-@pytest.mark.parametrize(("stage", "modality"), first_stages())
+@pytest.mark.parametrize(("stage", "modality"), FIRST_STAGES)
 def test_permuted_tokens_give_permuted_scores_and_choice(stage, modality):
     inputs = random_inputs(2, 7, stage.needs, frames=2, rows=2, columns=3, modality=modality)
     order = torch.randperm(12, generator=seeded(3))
@@ -117,7 +141,7 @@ def test_permuted_tokens_give_permuted_scores_and_choice(stage, modality):
     assert torch.equal(kept, choose(stage, inputs).keep_indices)
 
 
-@pytest.mark.parametrize(("stage", "modality"), first_stages())
+@pytest.mark.parametrize(("stage", "modality"), FIRST_STAGES)
 def test_an_item_does_not_depend_on_its_batch(stage, modality):
     inputs = random_inputs(4, 7, stage.needs, frames=2, modality=modality)
     together = choose(stage, inputs)
@@ -127,7 +151,7 @@ def test_an_item_does_not_depend_on_its_batch(stage, modality):
         assert torch.equal(stage.scorer(take(inputs, slice(item, item + 1)))[0], stage.scorer(inputs)[item])
 
 
-@pytest.mark.parametrize(("stage", "modality"), first_stages())
+@pytest.mark.parametrize(("stage", "modality"), FIRST_STAGES)
 def test_scores_are_float32_and_nothing_is_modified(stage, modality):
     inputs = random_inputs(2, 7, stage.needs, frames=2, modality=modality)
     inputs = dataclasses.replace(inputs, tokens=inputs.tokens.bfloat16())
@@ -148,7 +172,9 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        boolean = name in ("index", "index_put") and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        boolean = name in ("index", "index_put") and any(
+            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
+        )
         if boolean or name in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2"):
             self.waits.append(name)
         if isinstance(out, torch.Tensor):
@@ -156,7 +182,7 @@ class Watch(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("stage", "modality"), first_stages())
+@pytest.mark.parametrize(("stage", "modality"), FIRST_STAGES)
 def test_nothing_is_read_back_to_the_host(stage, modality):
     inputs = random_inputs(2, 7, stage.needs, frames=2, modality=modality)
     with Watch() as watch:
@@ -174,32 +200,34 @@ def naive_greedy(features, num_keep, rule, first):
     picks = [first]
     while len(picks) < num_keep:
         others = [token for token in range(len(features)) if token not in picks]
-        gain = {token: (-similarity[token, picks].sum() if rule == "maxsum" else (1 - similarity[token, picks]).min()) for token in others}
+        gain = {
+            token: (-similarity[token, picks].sum() if rule == "maxsum" else (1 - similarity[token, picks]).min())
+            for token in others
+        }
         picks.append(max(others, key=gain.__getitem__))
     return picks
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("num_tokens", "num_keep", "width"), [(5, 5, 3), (24, 1, 6), (24, 23, 6), (40, 12, 4), (60, 20, 16)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_keep", "width"), [(5, 5, 3), (24, 1, 6), (24, 23, 6), (40, 12, 4), (60, 20, 16)]
+)
 def test_greedy_picks_what_the_naive_loop_picks(rule, num_tokens, num_keep, width):
     features = torch.randn(3, num_tokens, width, generator=seeded(num_tokens + num_keep))
     first = torch.tensor([0, num_tokens - 1, 2])
     picks = greedy_select(features, num_keep, RULES[rule], first)
-    assert picks.tolist() == [naive_greedy(item, num_keep, rule, int(start)) for item, start in zip(features, first, strict=True)]
+    assert picks.tolist() == [
+        naive_greedy(item, num_keep, rule, int(start)) for item, start in zip(features, first, strict=True)
+    ]
 
 
 def test_the_two_rules_differ_on_a_worked_example():
-    # Cosines with the pivot (0): 0, -1, 0. Both rules take the opposite token (2) first. Then 1 and 3 both have a
-    # cumulative similarity of 0 and a nearest distance of 1: the earlier wins.
-    cross = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])[None]
-    assert greedy_select(cross, 3, RULES["maxsum"], torch.tensor([0])).tolist() == [[0, 2, 1]]
-    assert greedy_select(cross, 3, RULES["maxmin"], torch.tensor([0])).tolist() == [[0, 2, 1]]
-    # 0 at 0 degrees, 2 at 180; 1 at 90 and 3 at 135. Max-sum: both sums are 0 (cos 135 + cos 45 = 0, too), which max-min tells
-    # apart: the nearest of 3 is 45 degrees away, that of 1 is 90. A token at 170 degrees sums to 0 as well, so tilt the pivot.
-    angles = torch.tensor([10.0, 90.0, 180.0, 140.0]).deg2rad()
+    # From 0 degrees both take 175. Then 60 is far from either (max-min), while 170, a near copy of 175, has the smaller
+    # sum of cosines: cos 170 + cos 5 = 0.01 against cos 60 + cos 115 = 0.08.
+    angles = torch.tensor([0.0, 60.0, 170.0, 175.0]).deg2rad()
     fan = torch.stack((angles.cos(), angles.sin()), dim=-1)[None]
-    assert greedy_select(fan, 3, RULES["maxmin"], torch.tensor([0])).tolist() == [[0, 2, 1]]
-    assert greedy_select(fan, 3, RULES["maxsum"], torch.tensor([0])).tolist() == [[0, 2, 3 if (angles[3] - angles[0]).cos() + (angles[3] - angles[2]).cos() < (angles[1] - angles[0]).cos() + (angles[1] - angles[2]).cos() else 1]]
+    assert greedy_select(fan, 3, RULES["maxsum"], torch.tensor([0])).tolist() == [[0, 3, 2]]
+    assert greedy_select(fan, 3, RULES["maxmin"], torch.tensor([0])).tolist() == [[0, 3, 1]]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -252,12 +280,19 @@ def hierarchy_inputs(num_keep, best_object, deep, rows, columns, frames=1, grid=
 
 
 def test_hierarchy_by_hand():
-    # 3 x 4. K = 6, alpha 0.8: round(0.96) = 1 anchor, token 5; buffers 4, 6, 1, 9; one register, the best of the rest: 11.
+    # 3 x 4, K = 6, alpha 0.8: round(0.96) = 1 anchor, token 5; buffers 4, 6, 1, 9; one register, the best left: 11.
     deep = [0.1, 0.9, 0.2, 0.3, 0.0, 0.0, 0.0, 0.4, 0.1, 0.0, 0.5, 0.7]
     scores, inputs = hierarchy_inputs(6, [5], deep, 3, 4)
     selection = Hierarchy(OBJECT, alpha=0.8)(scores, inputs)
     assert selection.keep_indices.tolist() == [[1, 4, 5, 6, 9, 11]]
-    assert [selection.role_names[role] for role in selection.roles[0]] == ["buffer", "buffer", "anchor", "buffer", "buffer", "register"]
+    assert [selection.role_names[role] for role in selection.roles[0]] == [
+        "buffer",
+        "buffer",
+        "anchor",
+        "buffer",
+        "buffer",
+        "register",
+    ]
 
 
 def near(anchor, clamp, grid):
@@ -269,24 +304,24 @@ def near(anchor, clamp, grid):
 def test_neighbours_at_the_border_in_both_variants():
     grid = raster(1, 3, 4)
     assert near(5, True, grid) == near(5, False, grid) == [1, 4, 6, 9]
-    assert near(0, True, grid) == [0, 1, 4]                     # i - 1 and i - c are clamped to token 0, the anchor itself
+    assert near(0, True, grid) == [0, 1, 4]  # i - 1 and i - c are clamped to token 0, the anchor itself
     assert near(0, False, grid) == [1, 4]
-    assert near(2, True, grid) == [0, 1, 3, 6]                  # i - c = -2 becomes token 0, as released
+    assert near(2, True, grid) == [0, 1, 3, 6]  # i - c = -2 becomes token 0, as released
     assert near(2, False, grid) == [1, 3, 6]
-    assert near(7, True, grid) == near(7, False, grid) == [3, 6, 8, 11]         # i + 1 wraps to the next row in both
-    assert near(9, True, grid) == [5, 8, 10, 11]                # i + c = 13 becomes token 11
+    assert near(7, True, grid) == near(7, False, grid) == [3, 6, 8, 11]  # i + 1 wraps to the next row in both
+    assert near(9, True, grid) == [5, 8, 10, 11]  # i + c = 13 becomes token 11
 
 
 def test_neighbours_stay_in_their_tile_and_skip_separators():
     # Two tiles of 2 x 2 and 2 x 3, the second with a separator after each row.
     second = [[1, 0, 0], [1, 0, 1], [1, 0, 2], [1, -1, -1], [1, 1, 0], [1, 1, 1], [1, 1, 2], [1, -1, -1]]
     grid = torch.cat((raster(1, 2, 2), torch.tensor(second)))
-    assert near(3, True, grid) == [1, 2, 3]                     # last token of the first tile: clamped to itself
+    assert near(3, True, grid) == [1, 2, 3]  # last token of the first tile: clamped to itself
     assert near(3, False, grid) == [1, 2]
-    assert near(4, False, grid) == [5, 8]                       # first of the second tile; below it comes after the separator
-    assert near(6, False, grid) == [5, 8, 10]                   # end of a row: i + 1 is the next row's first, not the separator
-    assert near(7, True, grid) == near(7, False, grid) == []    # a separator as anchor
-    assert near(2, False, grid) == [0, 1, 3]                    # wraps backwards within its tile
+    assert near(4, False, grid) == [5, 8]  # first of the second tile; below it comes after the separator
+    assert near(6, False, grid) == [5, 8, 10]  # end of a row: i + 1 is the next row's first, not the separator
+    assert near(7, True, grid) == near(7, False, grid) == []  # a separator as anchor
+    assert near(2, False, grid) == [0, 1, 3]  # wraps backwards within its tile
 
 
 def test_neighbours_without_a_grid_are_left_and_right():
@@ -315,7 +350,9 @@ def test_the_released_exclusion_loses_tokens_and_ours_does_not():
     assert Hierarchy(OBJECT, alpha=0.8, subtract=1.0)(scores, inputs).keep_indices.tolist() == [[1, 4, 5, 6, 9]]
     assert Hierarchy(OBJECT, alpha=0.8)(scores, inputs).keep_indices.tolist() == [[1, 4, 5, 6, 9, 11]]
     # Scores below 1, as means are: both agree.
-    both = [Hierarchy(OBJECT, alpha=0.8, subtract=subtract)(scores / 10, inputs).keep_indices for subtract in (1.0, None)]
+    both = [
+        Hierarchy(OBJECT, alpha=0.8, subtract=subtract)(scores / 10, inputs).keep_indices for subtract in (1.0, None)
+    ]
     assert torch.equal(*both)
 
 
@@ -327,7 +364,9 @@ def test_hiprune_layers():
     assert blocks(hiprune(QWEN)) == [31, 15]
     assert blocks(hiprune(CLIP, object_layer=3)) == [22, 3]
     assert blocks(hiprune(TINY)) == [1, 0]
-    assert blocks(hiprune(dataclasses.replace(QWEN, vision_layers=4, feature_layer=3, global_vision_layers=(1, 3)))) == [3, 1]
+    assert blocks(
+        hiprune(dataclasses.replace(QWEN, vision_layers=4, feature_layer=3, global_vision_layers=(1, 3)))
+    ) == [3, 1]
     with pytest.raises(OptionError, match="windows only"):
         hiprune(QWEN, object_layer=14)
 
@@ -345,7 +384,7 @@ def test_transition_statistics_by_hand():
     torch.testing.assert_close(statistics[0, :, 2], (1 + e + e**2).expand(3))
     code = transition_variation(statistics)
     torch.testing.assert_close(code[0], torch.stack((torch.tensor(2.0), 3 * e, 0.5 * e**2)) / (1 + e + e**2))
-    paper = transition_variation(statistics, "paper")           # |c| of 1, 0, 1: the opposite direction counts as unchanged
+    paper = transition_variation(statistics, "paper")  # |c| of 1, 0, 1: the opposite direction counts as unchanged
     torch.testing.assert_close(paper[0], torch.stack((torch.tensor(2.0), 3 * e, torch.tensor(0.5))) / (2 + e))
     padded = transition_statistics(before, after, torch.tensor([[True, True, False]]))
     torch.testing.assert_close(padded[0, 0, 2], 1 + e)
@@ -354,13 +393,21 @@ def test_transition_statistics_by_hand():
 def test_transitions_add_up_over_modules_and_layers():
     scorer = TransitionVariation((6, 7))
     inputs = random_inputs(2, 3, scorer.needs)
-    expected = sum(transition_variation(inputs.signals[Tap("transition", layer)][..., part]) for layer in (6, 7) for part in (slice(0, 3), slice(3, 6)))
+    expected = sum(
+        transition_variation(inputs.signals[Tap("transition", layer)][..., part])
+        for layer in (6, 7)
+        for part in (slice(0, 3), slice(3, 6))
+    )
     torch.testing.assert_close(scorer(inputs), expected)
 
 
 def test_blend_weighs_scores_that_sum_to_one():
     first, second = Tap("text_rows", 1), Tap("last_row", 1)
-    inputs = ScoreInputs(tokens=torch.zeros(1, 2, 1), num_keep=1, signals={first: torch.tensor([[1.0, 3.0]]), second: torch.tensor([[30.0, 10.0]])})
+    inputs = ScoreInputs(
+        tokens=torch.zeros(1, 2, 1),
+        num_keep=1,
+        signals={first: torch.tensor([[1.0, 3.0]]), second: torch.tensor([[30.0, 10.0]])},
+    )
     torch.testing.assert_close(Blend(SignalScore(first), SignalScore(second))(inputs), torch.tensor([[0.5, 0.5]]))
     torch.testing.assert_close(Blend(SignalScore(first), SignalScore(second), 0.9)(inputs), torch.tensor([[0.3, 0.7]]))
 
@@ -378,7 +425,9 @@ def test_transprune_stages_as_published():
 
 
 def test_a_single_keep_scales_the_high_schedule():
-    assert [stage.budget for stage in transprune(CLIP, 0.125).stages] == [stage.budget for stage in transprune(CLIP, "high").stages]
+    assert [stage.budget for stage in transprune(CLIP, 0.125).stages] == [
+        stage.budget for stage in transprune(CLIP, "high").stages
+    ]
     assert all(stage.budget.is_everything for stage in transprune(CLIP, 1.0).stages)
     assert [stage.budget.num_keep(576) for stage in transprune(CLIP, 72).stages] == [504, 360, 72]
     assert [stage.budget.num_keep(20) for stage in transprune(CLIP, 20).stages] == [20, 20, 20]
@@ -398,11 +447,21 @@ def test_transprune_layers_are_distinct_and_inside_at_any_depth(depth):
     assert 1 <= layers[0]
     assert layers[-1] < depth
     method = transprune(dataclasses.replace(CLIP, decoder_layers=depth))
-    assert all(tap.layer < stage.point.layer for stage in method.stages for tap in stage.needs if tap.kind == "transition")
+    assert all(
+        tap.layer < stage.point.layer for stage in method.stages for tap in stage.needs if tap.kind == "transition"
+    )
 
 
 def test_transprune_layers_of_known_depths():
-    assert [stage_layers(depth) for depth in (32, 28, 40, 10, 4, 3, 2)] == [(7, 9, 12), (6, 8, 11), (9, 11, 15), (2, 3, 4), (1, 2, 3), (1, 2), (1,)]
+    assert [stage_layers(depth) for depth in (32, 28, 40, 10, 4, 3, 2)] == [
+        (7, 9, 12),
+        (6, 8, 11),
+        (9, 11, 15),
+        (2, 3, 4),
+        (1, 2, 3),
+        (1, 2),
+        (1,),
+    ]
 
 
 # ToDRE, FastV
@@ -444,7 +503,12 @@ def test_centrality_prefers_the_token_near_the_mean():
 
 
 def test_fastv_reads_the_layer_before_its_point():
-    for facts, layer, point in ((CLIP, None, 2), (TINY, None, 2), (CLIP, 3, 3), (dataclasses.replace(CLIP, decoder_layers=2), None, 1)):
+    for facts, layer, point in (
+        (CLIP, None, 2),
+        (TINY, None, 2),
+        (CLIP, 3, 3),
+        (dataclasses.replace(CLIP, decoder_layers=2), None, 1),
+    ):
         stage = fastv(facts, layer=layer).stages[0]
         assert stage.point.layer == point
         assert stage.needs == (Tap("last_row", point - 1),)
@@ -470,7 +534,7 @@ def test_temporal_dissimilarity_with_separators_and_missing_cells():
     grid = torch.tensor([[0, 0, 0], [0, 0, 1], [0, -1, -1], [1, 0, 0], [1, 0, 1], [1, -1, -1], [3, 0, 0]])[None]
     tokens = torch.tensor([[[1.0, 0], [1, 0], [1, 1], [0, 1], [1, 0], [1, 1], [1, 0]]])
     scores = TemporalDissimilarity()(ScoreInputs(tokens=tokens, num_keep=3, grid=grid, modality="video"))
-    torch.testing.assert_close(scores, torch.tensor([[255.0, 255, 255, 1, 0, 0, 2]]))       # frame 2 is missing: new
+    torch.testing.assert_close(scores, torch.tensor([[255.0, 255, 255, 1, 0, 0, 2]]))  # frame 2 is missing: new
 
 
 def test_evs_keeps_the_first_frame_first_and_breaks_ties_early():

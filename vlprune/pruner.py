@@ -257,7 +257,7 @@ class Session:
 
     def _record(self, stage: Stage, before: list[int], chosen: list[tuple[list[ItemState], Selection, Reduced]]) -> None:
         kept = {id(state): (selection, number) for group, selection, _ in chosen for number, state in enumerate(group)}
-        record = PointRecord(stage.point.label, self.pruner.method.name, sum(before))
+        record = PointRecord(stage.point.label, self.pruner.method.name, sum(before), num_rows=self.layout.num_rows)
         for state in self.items:
             entry = kept.get(id(state))
             selection, number = entry if entry is not None else (None, 0)

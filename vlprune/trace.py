@@ -36,7 +36,6 @@ class PointRecord:
         self.items.append(item)
         self.kept.append(kept)
         self.roles.append(roles)
-        self.num_rows = max(self.num_rows, item.row + 1)
         if len(role_names) > len(self.role_names):
             self.role_names = role_names
 

@@ -2,9 +2,10 @@
 
     python tests/reference/check_functions.py DIR [--strict]
 
-DIR is one method's golden folder (``*.safetensors``, ``cases.json``) or a folder of such folders, named after the method.
-Prints ``name  passed/found  first mismatch or ok`` a folder. Exits 1 on a mismatch, 2 when there is nothing to check; a
-folder without a checker is ``missing``, which fails with ``--strict`` only. vlprune must be importable (``pip install -e .``).
+DIR is one method's golden folder (``*.safetensors``, ``cases.json``) or a folder of such folders, named after the
+method. Prints ``name  passed/found  first mismatch or ok`` a folder. Exits 1 on a mismatch, 2 when there is nothing to
+check; a folder without a checker is ``missing``, which fails with ``--strict`` only. vlprune must be importable (``pip
+install -e .``).
 
 A checker is a file ``functions/<folder name>.py`` with ``check(case) -> str`` that runs the library's own scorers and
 selectors on a `golden_case.Case` and returns the first mismatch, or an empty string.
@@ -51,7 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--strict", action="store_true", help="fail when a folder has no checker")
     options = parser.parse_args(arguments)
     root: Path = options.folder.resolve()
-    folders = [root] if any(root.glob("*.safetensors")) else sorted({path.parent for path in root.glob("*/*.safetensors")})
+    folders = (
+        [root] if any(root.glob("*.safetensors")) else sorted({path.parent for path in root.glob("*/*.safetensors")})
+    )
     if not folders:
         print(f"no *.safetensors in {options.folder} or its folders", file=sys.stderr)
         return 2

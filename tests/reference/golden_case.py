@@ -34,10 +34,12 @@ class Case:
 def load_cases(folder: Path) -> Iterator[Case]:
     """Every ``*.safetensors`` of a folder; hyper-parameters from ``cases.json``, else from the file's own metadata."""
     listed = folder / "cases.json"
-    entries = {entry["case"]: entry.get("hyper", {}) for entry in json.loads(listed.read_text())} if listed.exists() else {}
+    entries = (
+        {entry["case"]: entry.get("hyper", {}) for entry in json.loads(listed.read_text())} if listed.exists() else {}
+    )
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
             hyper = entries.get(path.stem) or json.loads((file.metadata() or {}).get("hyper", "{}"))
         yield Case(path.stem, hyper, tensors)
 
@@ -80,7 +82,8 @@ def differ(name: str, got: Tensor, want: Tensor) -> str:
     if not wrong.numel():
         return ""
     at = int(wrong[0])
-    return f"{name}: {wrong.numel()} of {want.numel()} differ, first at {at}: got {got.flatten()[at]}, expected {want.flatten()[at]}"
+    there = f"first at {at}: got {got.flatten()[at]}, expected {want.flatten()[at]}"
+    return f"{name}: {wrong.numel()} of {want.numel()} differ, {there}"
 
 
 def apart(name: str, got: Tensor, want: Tensor, rtol: float) -> str:

@@ -1,13 +1,14 @@
 """Greedy selection: K times the token with the largest gain, where a pick changes the gains of the others.
 
-One loop serves every greedy method; what differs is the rule that turns the similarity to the newest pick into new gains.
-Each step compares the newest pick with all tokens, one (1, D) x (D, N) product: time is linear in K, memory is the
-normalised copy of the tokens plus a few (B, N) rows, and no N x N matrix ever exists. Nothing is read back to the host, so
-the loop can be captured in a CUDA graph. The product has the pick on the left because that form gives an item the same
-bits whatever the batch size (seen on CPU; `bmm` with the pick on the right does not).
+One loop serves every greedy method; what differs is the rule that turns the similarity to the newest pick into new
+gains. Each step compares the newest pick with all tokens, one (1, D) x (D, N) product: time is linear in K, memory is
+the normalised copy of the tokens plus a few (B, N) rows, and no N x N matrix ever exists. Nothing is read back to the
+host, so the loop can be captured in a CUDA graph. The product has the pick on the left because that form gives an
+item the same bits whatever the batch size (seen on CPU; `bmm` with the pick on the right does not).
 
-A rule keeps its state in a tuple of tensors, the gains first. That leaves room for the others in ``specs/``: a weighted
-rule holds ``(weights * nearest, nearest)``, a determinantal one ``(residual, basis)`` with a basis of (B, K, N).
+A rule keeps its state in a tuple of tensors, the gains first. That leaves room for the others in ``specs/``: a
+weighted rule holds ``(weights * nearest, nearest)``, a determinantal one ``(residual, basis)`` with a basis of (B, K,
+N).
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def greedy_select(features: Tensor, num_keep: int, rule: GreedyRule, first: Tens
         features: (B, N, D), any float type; normalised and compared in float32, also under autocast.
         num_keep: K, at most N.
         rule: what a pick does to the gains.
-        first: (B,) the first pick; ``None``: the largest gain at the start. The earlier token wins a tie, here and later.
+        first: (B,) the first pick; ``None``: the largest gain at the start. The earlier token wins a tie, here and
+            later.
 
     Returns:
         (B, K) int64 in the order of picking.
@@ -86,7 +88,7 @@ def greedy_select(features: Tensor, num_keep: int, rule: GreedyRule, first: Tens
         chosen = state[0].argmax(dim=-1) if first is None else first
         picks = [chosen]
         for _ in range(num_keep - 1):
-            newest = unit.gather(1, chosen[:, None, None].expand(-1, 1, unit.shape[-1]))          # (B, 1, D)
+            newest = unit.gather(1, chosen[:, None, None].expand(-1, 1, unit.shape[-1]))  # (B, 1, D)
             state = rule.absorb(state, torch.bmm(newest, unit.mT).squeeze(1), chosen)
             taken.scatter_(1, chosen[:, None], True)
             chosen = state[0].masked_fill(taken, -torch.inf).argmax(dim=-1)

@@ -3,15 +3,17 @@
 Reference: "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference", arXiv:2510.14624.
 Official code: https://github.com/vllm-project/vllm (`vllm/multimodal/evs.py`)
 
-Convention: the program's pruning rate q is ``1 - keep``; the number kept is ``int(total * (1 - q))`` over the whole video.
+Convention: the program's pruning rate q is ``1 - keep``; the number kept is ``int(total * (1 - q))`` over the whole
+video.
 
-This is vLLM's form: cosine distance of the embeddings to the same cell one frame earlier, first frame always kept, the
-largest distances of the whole video stay. The paper's form (L1 distance of pixels) needs the frames, which the model does
-not see; it is not offered.
+This is vLLM's form: cosine distance of the embeddings to the same cell one frame earlier, first frame always kept,
+the largest distances of the whole video stay. The paper's form (L1 distance of pixels) needs the frames, which the
+model does not see; it is not offered.
 
 Differences:
-- The program never keeps fewer tokens than one frame has (`evs_count`). A budget knows the share and the total only, so here
-  ``keep`` is taken at its word: below one frame's worth, the first tokens of the first frame stay. Ask for more than that.
+- The program never keeps fewer tokens than one frame has (`evs_count`). A budget knows the share and the total only,
+  so here ``keep`` is taken at its word: below one frame's worth, the first tokens of the first frame stay. Ask for
+  more than that.
 - Exactly ``keep`` tokens per video stay also when ``keep`` is a number.
 - Kept tokens keep their (M-)RoPE positions, as in vLLM.
 """

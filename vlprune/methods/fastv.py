@@ -3,12 +3,14 @@
 Reference: "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language
 Models", arXiv:2403.06764 (ECCV 2024). Official code: https://github.com/pkunlp-icler/FastV
 
-Convention: the paper's K is the number of decoder layers that see every token, so K=2 is ``LLMLayer(2)`` and the attention
-is that of 0-based layer K - 1. It is not scaled with depth: the paper's finding is about the first two layers. The paper's
-R is ``1 - keep``; the number kept is ``round(N * keep)``, half to even, as in the released transformers fork.
+Convention: the paper's K is the number of decoder layers that see every token, so K=2 is ``LLMLayer(2)`` and the
+attention is that of 0-based layer K - 1. It is not scaled with depth: the paper's finding is about the first two
+layers. The paper's R is ``1 - keep``; the number kept is ``round(N * keep)``, half to even, as in the released
+transformers fork.
 
 Differences:
-- Chosen once, in prefill (the fork's path with a cache). The released demo without a cache chooses anew at every step.
+- Chosen once, in prefill (the fork's path with a cache). The released demo without a cache chooses anew at every
+  step.
 - The attention row is computed from queries and keys; no attention map is asked for.
 """
 
@@ -39,7 +41,9 @@ def fastv(facts: ModelFacts, keep: Keep = 0.5, *, layer: int | None = None) -> P
     if layer is None:
         layer = max(1, min(LAYER, depth - 1))
     elif isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer < max(depth, 2):
-        raise OptionError(f"layer={layer!r}: from 1 (one layer must have attended) to {depth - 1}, the last decoder layer")
+        raise OptionError(
+            f"layer={layer!r}: from 1 (one layer must have attended) to {depth - 1}, the last decoder layer"
+        )
     scorer = SignalScore(Tap("last_row", layer - 1))
     return PruningMethod("fastv", (Stage(LLMLayer(layer), scorer, TopK(), Drop(), Budget(keep)),))
 

@@ -3,10 +3,10 @@
 Reference: Efficient Video Sampling, arXiv:2510.14624 (NVIDIA).
 Official code: https://github.com/vllm-project/vllm (`vllm/multimodal/evs.py`, `compute_retention_mask`)
 
-The score is 1 - cosine, between 0 and 2; every token of the first frame gets 255, above all others.
-Differences: the place of a token is read from its grid instead of being implied by a (T, H, W) reshape, so separators and
-reordered tokens are no obstacle. Two cases the original does not have: separator tokens count as one cell of their frame,
-and a token whose cell is missing in the frame before (it is new there) gets 2, the most that a cosine can give.
+The score is 1 - cosine, between 0 and 2; every token of the first frame gets 255, above all others. Differences: the
+place of a token is read from its grid instead of being implied by a (T, H, W) reshape, so separators and reordered
+tokens are no obstacle. Two cases the original does not have: separator tokens count as one cell of their frame, and a
+token whose cell is missing in the frame before (it is new there) gets 2, the most that a cosine can give.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TemporalDissimilarity:
         """(B, N)."""
         if inputs.grid is None:
             raise OptionError(
-                "this method compares each frame with the one before and needs to know the frame, row and column of every "
+                "this method compares each frame with the one before and needs the frame, row and column of every "
                 "token, but this model gives no grid. Choose another method (see `vlprune methods`)."
             )
         previous, found = _same_cell_before(inputs.grid)
@@ -50,9 +50,9 @@ class TemporalDissimilarity:
 def _same_cell_before(grid: Tensor) -> tuple[Tensor, Tensor]:
     """Index (B, N) of the token at the same row and column one frame earlier, and whether there is one."""
     frame, row, column = grid.unbind(dim=-1)
-    row, column = row + 1, column + 1                                                # separators (-1, -1) become cell 0
+    row, column = row + 1, column + 1  # separators (-1, -1) become cell 0
     columns = column.amax(dim=-1, keepdim=True) + 1
-    cells = (row.amax(dim=-1, keepdim=True) + 1) * columns                           # (B, 1) cells of a frame
+    cells = (row.amax(dim=-1, keepdim=True) + 1) * columns  # (B, 1) cells of a frame
     places = frame * cells + row * columns + column
     ordered, order = places.sort(dim=-1, stable=True)
     wanted = places - cells

@@ -6,12 +6,14 @@ Official code: https://github.com/liaolea/TransPrune (`compute_transf_weight`)
 For a module with input T_in (after its norm) and output T_out (before the residual add), ``m = |T_out| / |T_in|`` and
 ``c = cos(T_out, T_in)``. A layer's score is the attention module's plus the MLP's, and layers are summed.
 
-- ``"code"``: ``m * exp(1 - c) / z`` with ``z`` the sum of ``exp(1 - c)`` over the tokens of the whole row, text included.
+- ``"code"``: ``m * exp(1 - c) / z`` with ``z`` the sum of ``exp(1 - c)`` over the tokens of the whole row, text
+  included.
 - ``"paper"``: ``m * softmax(1 - |c|)`` over the visual tokens.
 
-Differences: the released denominator runs over the whole batch; ours over one row, so that a row of a batch equals that row
-alone (the same thing for one prompt). In the paper variant the softmax runs over the tokens still there when the score is
-asked for, also for layers recorded before an earlier cut, because the dropped tokens' statistics are gone by then.
+Differences: the released denominator runs over the whole batch; ours over one row, so that a row of a batch equals
+that row alone (the same thing for one prompt). In the paper variant the softmax runs over the tokens still there when
+the score is asked for, also for layers recorded before an earlier cut, because the dropped tokens' statistics are
+gone by then.
 """
 
 from __future__ import annotations
@@ -71,6 +73,7 @@ class TransitionVariation:
         """(B, N)."""
         score = inputs.tokens.new_zeros(inputs.tokens.shape[:2], dtype=torch.float32)
         for tap in self.needs:
-            attention, mlp = inputs.signal(tap).split(3, dim=-1)                     # (B, N, 3) each
-            score = score + transition_variation(attention, self.variant) + transition_variation(mlp, self.variant)
+            signal = inputs.signal(tap)
+            for module in (signal[..., :3], signal[..., 3:]):  # attention, MLP: (B, N, 3) each
+                score = score + transition_variation(module, self.variant)
         return score

@@ -15,8 +15,8 @@ from vlprune.protocols import ScoreInputs, Selection, Tap
 class Diversity:
     """Start at the highest score (the pivot), then follow ``rule`` over the tokens' cosine similarities.
 
-    ``"maxsum"`` adds the token with the smallest cumulative similarity to the chosen ones, ``"maxmin"`` (k-center) the one
-    farthest from its nearest chosen token. Scores choose the pivot and nothing else.
+    ``"maxsum"`` adds the token with the smallest cumulative similarity to the chosen ones, ``"maxmin"`` (k-center)
+    the one farthest from its nearest chosen token. Scores choose the pivot and nothing else.
     """
 
     rule: str = "maxsum"

@@ -1,4 +1,4 @@
-"""EVS: video embeddings in, kept tokens out; and the count rule. (M-RoPE ids are the adapter's and not looked at here.)"""
+"""EVS: video embeddings in, kept tokens out; and the count rule. M-RoPE ids are the adapter's, not looked at here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def check(case: Case) -> str:
     share = stage.budget.num_keep(grid.shape[1])
     if max(grid.shape[1] // frames, share) != count:
         return f"the method's budget keeps {share}, the program's rule {count}"
-    kept = run_stage(stage, (), tokens=case["in.video_embeds"][None], grid=grid, num_keep=count, modality="video").keep_indices[0]
+    kept = run_stage(
+        stage, (), tokens=case["in.video_embeds"][None], grid=grid, num_keep=count, modality="video"
+    ).keep_indices[0]
     mask = case["out.keep_mask"].new_zeros(grid.shape[1]).scatter(0, kept, 1)
     return (
         differ("out.retained_count", torch.tensor(count), case["out.retained_count"])

@@ -9,7 +9,7 @@ from vlprune.methods.hiprune import hiprune
 
 
 def check(case: Case) -> str:
-    """With the released exclusion always; with the library's own (exactly K stay) wherever the program kept K as well."""
+    """With the released exclusion always; with the library's own (exactly K) wherever the program kept K as well."""
     scores = (case["in.deep_scores"][None], case["in.object_scores"][None])
     grid = grid_of(1, case.hyper["h"], case.hyper["w"])
     facts = ModelFacts(decoder_layers=28, vision_layers=32, feature_layer=31, global_vision_layers=(7, 15, 23, 31))

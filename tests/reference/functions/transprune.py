@@ -30,7 +30,9 @@ def _rank_and_drop(case: Case) -> str:
     start, num_tokens, num_recorded = hyper["image_start"], hyper["n_image"], recorded.shape[0]
     # Places are free in this stub: all recorded layers lie before the first stage.
     places = tuple(range(num_recorded, num_recorded + len(hyper["ratios"])))
-    method = transprune(ModelFacts(decoder_layers=places[-1] + 1), tuple(hyper["ratios"]), layers=places, accumulate=range(num_recorded))
+    method = transprune(
+        ModelFacts(decoder_layers=places[-1] + 1), tuple(hyper["ratios"]), layers=places, accumulate=range(num_recorded)
+    )
     kept = torch.arange(num_tokens)
     for number, stage in enumerate(method.stages, start=1):
         image = slice(start, start + kept.numel())
@@ -48,7 +50,7 @@ def _rank_and_drop(case: Case) -> str:
 
 
 def _as_statistics(variation: Tensor) -> Tensor:
-    """Statistics (1, N, 6) whose variation is the one given: m of the first module with c = z = 1, nothing in the second."""
+    """Statistics (1, N, 6) whose variation is the one given: m of the first module with c = z = 1, then nothing."""
     one, zero = torch.ones_like(variation), torch.zeros_like(variation)
     return torch.stack((variation, one, one, zero, one, one), dim=-1)
 
@@ -56,11 +58,18 @@ def _as_statistics(variation: Tensor) -> Tensor:
 def _instruction_attention(case: Case, hidden: Tensor, image: slice) -> Tensor:
     """(1, N): attention of the text after the image in the stub's next layer, mean over heads and queries."""
     heads, width, length = case.hyper["num_heads"], case.hyper["head_dim"], hidden.shape[1]
-    normed = hidden * torch.rsqrt(hidden.pow(2).mean(dim=-1, keepdim=True) + case.hyper["rms_eps"]) * case["in.ln_weight"]
+    normed = (
+        hidden * torch.rsqrt(hidden.pow(2).mean(dim=-1, keepdim=True) + case.hyper["rms_eps"]) * case["in.ln_weight"]
+    )
     frequency = case.hyper["rope_base"] ** (-torch.arange(0, width, 2).float() / width)
-    angle = torch.outer(torch.arange(length).float(), frequency).repeat(1, 2)        # (L, d), renumbered positions
-    queries, keys = (F.linear(normed, case[name]).view(1, length, heads, width).transpose(1, 2) for name in ("in.wq", "in.wk"))
-    queries, keys = (x * angle.cos() + torch.cat((-x[..., width // 2 :], x[..., : width // 2]), dim=-1) * angle.sin() for x in (queries, keys))
+    angle = torch.outer(torch.arange(length).float(), frequency).repeat(1, 2)  # (L, d), renumbered positions
+    queries, keys = (
+        F.linear(normed, case[name]).view(1, length, heads, width).transpose(1, 2) for name in ("in.wq", "in.wk")
+    )
+    queries, keys = (
+        x * angle.cos() + torch.cat((-x[..., width // 2 :], x[..., : width // 2]), dim=-1) * angle.sin()
+        for x in (queries, keys)
+    )
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    attention = (queries @ keys.mT * width**-0.5).masked_fill(~causal, -torch.inf).softmax(dim=-1)          # (1, H, L, L)
+    attention = (queries @ keys.mT * width**-0.5).masked_fill(~causal, -torch.inf).softmax(dim=-1)  # (1, H, L, L)
     return attention[:, :, image.stop :, image].mean(dim=(1, 2))
