@@ -89,7 +89,7 @@ class DecoderEngine:
             for stage in stages:
                 shortened = session.reduce(stage, hidden, self._collector(session, number, kwargs, entry, hidden))
                 hidden = hidden if shortened is None else shortened
-            session.trace.decoder_lengths.append(list(session.lengths))
+            session.trace.decoder_lengths.append([session.length] * session.layout.num_rows)   # filler runs too
             kwargs = self._cut_prefill(session, kwargs, entry, self._bypass_rows(session, bypasses, hidden))
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
@@ -182,7 +182,7 @@ class DecoderEngine:
             rows, length = session.layout.num_rows, session.layout.length
             places = index if index is not None else torch.arange(length, device=session.device).expand(rows, -1)
             valid = session.valid if active is None else active if session.valid is None else session.valid & active
-            gone = torch.tensor([length - n for n in session.lengths]).to(session.device, non_blocking=True)
+            gone = torch.tensor(session.gone).to(session.device, non_blocking=True)
             if entry.keymap is not None:
                 before, before_valid = entry.keymap.positions(past)
                 gone = gone + entry.keymap.dropped
@@ -199,7 +199,7 @@ class DecoderEngine:
         if not self.renumber:
             return tuple(_sequence.take_rows(part, index, -2) for part in kwargs["position_embeddings"])
         ids = _sequence.take_rows(self._plain_ids(kwargs), index, -1)
-        ids = ids - (index - torch.arange(index.shape[1], device=index.device))          # dropped before each token
+        ids = ids - session.moved()
         if entry is not None and entry.keymap is not None:
             ids = ids - entry.keymap.dropped[:, None]
         return self._rotary_at(kwargs, ids)

@@ -141,7 +141,7 @@ class DecoderTaps:
             after = (output[0] if isinstance(output, tuple) else output).float()
             size_in, size_out = before.norm(dim=-1), after.norm(dim=-1)                  # (B, Lc)
             cosine = (before * after).sum(dim=-1) / (size_in * size_out).clamp(min=1e-8)
-            weight = (1 - cosine).exp() * self._real(session)
+            weight = (1 - cosine).exp() * session.real_tokens()
             values = torch.stack([size_out / size_in, cosine, weight.sum(dim=1, keepdim=True).expand_as(cosine)], dim=-1)
             parts = session.memo.setdefault(("transition", tap), {})
             parts[offset] = values
@@ -154,19 +154,6 @@ class DecoderTaps:
                 self._store(session, tap, group, both[rows[:, None], slots])
 
         return hook
-
-    @staticmethod
-    def _real(session: Session) -> Tensor:
-        """(B, Lc) one for tokens, zero for padding and filler."""
-        key = ("real", id(session.index))
-        if key not in session.memo:
-            real = session.layout.valid_mask().to(session.device, non_blocking=True)
-            if session.index is not None:
-                real = torch.gather(real, 1, session.index)
-            if session.valid is not None:
-                real = real & session.valid
-            session.memo[key] = (real.float(), session.index)
-        return session.memo[key][0]  # type: ignore[no-any-return]
 
 
 def _in_order(group: list[ItemState]) -> bool:

@@ -17,6 +17,7 @@ from vlprune.adapter import Adapter
 from vlprune.adapters._decoder import DecoderEngine
 from vlprune.adapters._decoder_taps import ROW_KINDS
 from vlprune.errors import UnsupportedCallError, UnsupportedPointError
+from vlprune.flops import TowerShape
 from vlprune.hooks import HookSet
 from vlprune.points import Point
 from vlprune.protocols import Tap
@@ -34,11 +35,15 @@ class Features:
         lengths: tokens of each item.
         grids: (N, 3) frame, row, column of each item's tokens, on the CPU, or ``None``.
         signals: for each tap a list with one (N,) or (N, C) tensor for each item.
+        patches: tokens that every vision block ran on; 0 if not known.
+        segments: sequences among them, each attending to itself only.
     """
 
     lengths: list[int]
     grids: list[Tensor | None]
     signals: dict[Tap, list[Tensor]] = field(default_factory=dict)
+    patches: int = 0
+    segments: int = 0
 
 
 @dataclass
@@ -124,6 +129,10 @@ class VisionLanguageAdapter(Adapter):
         hooks.before(self.decoder, self._before_decoder)
         engine.attach(hooks)
 
+    def dimensions(self) -> dict[str, Any]:
+        """The decoder's widths; families that know their tower add it."""
+        return {"decoder": decoder_shape(self.decoder)}
+
     def attach_vision(self, hooks: HookSet, pruner: Pruner) -> None:
         """Hook the vision tower for the signals that are needed."""
 
@@ -208,7 +217,9 @@ class VisionLanguageAdapter(Adapter):
                 session.signals[tap, id(item)] = values[number].to(embeds.device)
         session.trace.layout = layout
         session.trace.shapes = self.dimensions()
-        session.trace.vision_tokens = pruner.vision_lengths
+        towers = [found for _, found in call.features.values()]
+        session.trace.vision_tokens = [sum(found.patches for found in towers)] * self.facts.vision_layers
+        session.trace.vision_sequences = sum(found.segments for found in towers)
         pruner.session = session
 
     def _items(self, modality: str, mask: Tensor, output: Any, found: Features) -> list[tuple[VisualItem, Features, int]]:
@@ -220,6 +231,8 @@ class VisionLanguageAdapter(Adapter):
         sources = self._sources(lengths, found, mask)
         result = []
         for index, part in enumerate(places.split(lengths)):
+            if not part.numel():                                                         # a row without pictures in a model that encodes by row
+                continue
             row = int(part[0, 0])
             if int(part[-1, 0]) != row:
                 raise UnsupportedCallError(f"{modality} {index} has placeholders in two rows of the batch; give each row the tokens of its own {modality}s")
@@ -254,6 +267,23 @@ class VisionLanguageAdapter(Adapter):
         if session is not None and output is not None:
             session.finish()
             pruner.last_trace = session.trace
+
+
+def decoder_shape(decoder: nn.Module) -> TowerShape:
+    """Widths of a Llama-like decoder, from its config and its first layer."""
+    config: Any = decoder.config
+    heads = int(config.num_attention_heads)
+    width = int(config.hidden_size)
+    return TowerShape(
+        layers=len(decoder.layers),  # type: ignore[arg-type]
+        width=width,
+        heads=heads,
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or width // heads),
+        hidden=int(config.intermediate_size),
+        gated=isinstance(getattr(decoder.layers[0].mlp, "gate_proj", None), nn.Module) or hasattr(decoder.layers[0].mlp, "gate_up_proj"),  # type: ignore[index, union-attr]
+        vocabulary=int(getattr(config, "vocab_size", 0)),
+    )
 
 
 def item_lengths(output: Any) -> list[int]:

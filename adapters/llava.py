@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlprune.adapters._vision import VisionTaps
 from vlprune.adapters._vlm import Features, VisionLanguageAdapter, item_lengths, modules_named
+from vlprune.flops import TowerShape
 from vlprune.hooks import HookSet
 from vlprune.method import ModelFacts
 from vlprune.protocols import Tap
@@ -67,6 +68,13 @@ class LlavaAdapter(VisionLanguageAdapter):
             signals=self.vision_signals | self.offers_in_decoder,
         )
 
+    def dimensions(self) -> dict[str, Any]:
+        """Widths of both towers; CLIP and SigLIP have no gate."""
+        config = self.model.config.vision_config
+        heads, width = config.num_attention_heads, config.hidden_size
+        tower = TowerShape(len(self.blocks), width, heads, heads, width // heads, config.intermediate_size, gated=False)
+        return {**super().dimensions(), "vision": tower}
+
     def attach_vision(self, hooks: HookSet, pruner: Pruner) -> None:
         """Tap the tower, and send the signals through the packing."""
         VisionTaps([block.self_attn for block in self.blocks], pruner).attach(hooks)  # type: ignore[misc]
@@ -80,7 +88,7 @@ class LlavaAdapter(VisionLanguageAdapter):
 
     def _note_tower(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         states = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
-        self.pruner.vision_lengths = [states.shape[0] * states.shape[1]] * len(self.blocks)
+        self.pruner.vision["tower"] = (int(states.shape[0]), int(states.shape[1]))
 
     def _tokens_only(self) -> dict[Tap, Tensor]:
         """Signals without the CLS column: (tiles, P) or (tiles, P, C)."""
@@ -125,6 +133,7 @@ class LlavaAdapter(VisionLanguageAdapter):
         lengths = item_lengths(output)
         frames = int(arguments["pixel_values_videos"].shape[1]) if modality == "video" and "pixel_values_videos" in arguments else 1
         packed = self.pruner.vision.get("packed")
+        segments, tokens = self.pruner.vision.get("tower", (0, 0))
         separators = self.pruner.vision.get("separators") or [None] * len(lengths)
         grids = [
             self._video_grid(length, frames) if modality == "video" else self._image_grid(length, separator)
@@ -132,14 +141,14 @@ class LlavaAdapter(VisionLanguageAdapter):
         ]
         if packed is None:
             plain = self._tokens_only()
-            return Features(lengths, grids, {tap: list(values) for tap, values in plain.items()})
+            return Features(lengths, grids, {tap: list(values) for tap, values in plain.items()}, segments * tokens, segments)
         widths, channels = packed
         if isinstance(channels, Tensor):                                                 # frames of all videos, pooled
             items = list(channels.reshape(len(lengths), -1, channels.shape[-1]))
         else:
             items = [part.reshape(-1, part.shape[-1]) for part in channels]
         items = [torch.cat([part, part.new_zeros(length - part.shape[0], part.shape[1])]) for part, length in zip(items, lengths, strict=True)]
-        found = Features(lengths, grids)
+        found = Features(lengths, grids, {}, segments * tokens, segments)
         start = 0
         for tap, width in widths:
             found.signals[tap] = [_fill_separators(part[:, start : start + width], part[:, -1]) for part in items]

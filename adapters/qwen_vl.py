@@ -166,7 +166,7 @@ class QwenVLAdapter(VisionLanguageAdapter):
         projected: Tensor = attn.qkv(states).reshape(states.shape[0], 3, attn.num_heads, -1)  # type: ignore[operator]
         rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb_vision
         cos, sin = kwargs["position_embeddings"]
-        queries, keys = rotate(projected[:, 0], projected[:, 1], cos, sin)               # (S, H, d)
+        queries, keys = rotate(projected[:, 0], projected[:, 1], cos, sin)  # (S, H, d)
         lengths = self._segments(kwargs["cu_seqlens"])
         if len(set(lengths)) == 1:
             queries, keys = (part.reshape(-1, lengths[0], *part.shape[1:]).transpose(1, 2) for part in (queries, keys))
@@ -177,7 +177,7 @@ class QwenVLAdapter(VisionLanguageAdapter):
         """Lengths of the segments, read once for all blocks that share them."""
         known = self.pruner.vision.setdefault("segments", {})
         if id(bounds) not in known:
-            known[id(bounds)] = (bounds.diff().tolist(), bounds)                         # the tensor keeps its id taken
+            known[id(bounds)] = (bounds.diff().tolist(), bounds)  # the tensor keeps its id taken
         return known[id(bounds)][0]  # type: ignore[no-any-return]
 
     def _per_token(self, values: Tensor) -> Tensor:
@@ -223,9 +223,9 @@ class QwenVLAdapter(VisionLanguageAdapter):
         index, key = session.index, ("deepstack", id(session.index))
         if key not in session.memo:
             mask = mask.to(index.device)
-            number = (mask.flatten().cumsum(0) - 1).clamp(min=0).reshape(mask.shape)     # of each visual token in ``embeds``
+            number = (mask.flatten().cumsum(0) - 1).clamp(min=0).reshape(mask.shape)  # of each visual token in ``embeds``
             session.memo[key] = (torch.gather(mask, 1, index), torch.gather(number, 1, index), index)
-        visual, number = (part.to(hidden.device) for part in session.memo[key][:2])      # (B, Lc)
+        visual, number = (part.to(hidden.device) for part in session.memo[key][:2])  # (B, Lc)
         own = embeds.to(hidden.device, hidden.dtype)[number]
         return torch.where(visual[..., None], hidden + own, hidden)
 

@@ -66,7 +66,9 @@ class Session:
     device: torch.device
     index: Tensor | None = None             # (B, Lc) original place of every current row entry; None: nothing left yet
     valid: Tensor | None = None             # (B, Lc) false on repeated entries of short rows; None: no row is short
-    lengths: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)    # entries of each row, filler not counted
+    pads: list[int] = field(default_factory=list)       # of these, padding
+    gone: list[int] = field(default_factory=list)       # tokens of each row that left; padding not counted
     items: list[ItemState] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     signals: dict[Any, Any] = field(default_factory=dict)
@@ -76,6 +78,8 @@ class Session:
 
     def __post_init__(self) -> None:
         self.lengths = [self.layout.length] * self.layout.num_rows
+        self.pads = (~self.layout.valid_mask()).sum(dim=1).tolist()
+        self.gone = [0] * self.layout.num_rows
         if not self.items:
             for item in self.layout.items:
                 slots = item.positions.to(self.device, non_blocking=True)
@@ -85,6 +89,22 @@ class Session:
     def length(self) -> int:
         """Current length of the (padded) rows."""
         return max(self.lengths)
+
+    def real_tokens(self) -> Tensor:
+        """(B, Lc) bool: entries that are neither padding nor filler."""
+        key = ("real", id(self.index))
+        if key not in self.memo:
+            real = self.layout.valid_mask().to(self.device, non_blocking=True)
+            if self.index is not None:
+                real = torch.gather(real, 1, self.index)
+            self.memo[key] = (real if self.valid is None else real & self.valid, self.index)
+        return self.memo[key][0]  # type: ignore[no-any-return]
+
+    def moved(self) -> Tensor:
+        """(B, Lc) how many tokens that stood before each entry have left; padding does not count."""
+        assert self.index is not None
+        before = self.layout.valid_mask().to(self.device, non_blocking=True).cumsum(dim=1)
+        return torch.gather(before, 1, self.index) - self.real_tokens().cumsum(dim=1)
 
     def slots_of(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Current places (G, T) of original positions (G, T) that are all still there, in batch rows (G,)."""
@@ -192,7 +212,7 @@ class Session:
         places = torch.arange(length, device=device)
         old_lengths = torch.tensor(self.lengths).to(device, non_blocking=True)
         keep = places[None, :] < old_lengths[:, None]                                # (B, Lc)
-        lengths = list(self.lengths)
+        gone = [0] * num_rows
         put: list[tuple[Tensor, list[ItemState], Tensor, Reduced]] = []
         undo_items = [(s.slots, s.original, s.sizes) for s in self.items]
         for group, selection, reduced in chosen:
@@ -202,11 +222,18 @@ class Session:
             keep[rows[:, None], slots] = False
             keep[rows[:, None], stay] = True
             for state, kept in zip(group, selection.keep_indices, strict=True):
-                lengths[state.item.row] -= state.slots.numel() - kept.numel()
+                gone[state.item.row] += state.slots.numel() - kept.numel()
                 state.original = state.original[kept]
             put.append((rows, group, stay, reduced))
-        new_length = max(lengths)
-        undo = (self.index, self.valid, self.lengths, undo_items)
+        undo = (self.index, self.valid, self.lengths, self.pads, self.gone, undo_items)
+        real = [length - pads - lost for length, pads, lost in zip(self.lengths, self.pads, gone, strict=True)]
+        new_length = max(real)
+        pads = [min(count, new_length - tokens) for count, tokens in zip(self.pads, real, strict=True)]
+        if pads != self.pads:                           # padding that no longer evens out the rows leaves too
+            padding = ~self.real_tokens() & keep
+            from_the_end = padding.flip(1).cumsum(dim=1).flip(1)
+            keep &= ~(padding & (from_the_end > torch.tensor(pads).to(device, non_blocking=True)[:, None]))
+        lengths = [tokens + count for tokens, count in zip(real, pads, strict=True)]
         order = torch.argsort(keep.to(torch.uint8), dim=1, descending=True, stable=True)[:, :new_length]  # kept first, in order
         valid = last = None
         if min(lengths) != new_length:
@@ -233,7 +260,8 @@ class Session:
                 state.slots = rank[state.item.row, state.slots]
         self.cuts.append(Cut(order, hidden, stage.point.layer, stage.restore, last, undo))
         self.index = order if self.index is None else torch.gather(self.index, 1, order)
-        self.valid, self.lengths = valid, lengths
+        self.valid, self.lengths, self.pads = valid, lengths, pads
+        self.gone = [before + now for before, now in zip(self.gone, gone, strict=True)]
         return shortened
 
     def restore(self, hidden: Tensor, cuts: Iterable[Cut] | None = None) -> Tensor:
@@ -250,7 +278,7 @@ class Session:
         while self.cuts and self.cuts[-1].restore == layer:
             cut = self.cuts.pop()
             hidden = self.restore(hidden, [cut])
-            self.index, self.valid, self.lengths, items = cut.undo
+            self.index, self.valid, self.lengths, self.pads, self.gone, items = cut.undo
             for state, (slots, original, sizes) in zip(self.items, items, strict=True):
                 state.slots, state.original, state.sizes = slots, original, sizes
         return hidden
@@ -311,15 +339,6 @@ class Pruner:
     @vision.setter
     def vision(self, value: dict[Any, Any]) -> None:
         self._local.vision = value
-
-    @property
-    def vision_lengths(self) -> list[int]:
-        """Tokens that each vision block of this thread's latest tower call ran on."""
-        return self._local.__dict__.setdefault("vision_lengths", [])  # type: ignore[no-any-return]
-
-    @vision_lengths.setter
-    def vision_lengths(self, value: list[int]) -> None:
-        self._local.vision_lengths = value
 
     @property
     def call(self) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.tiny import IMAGE, PAD, VIDEO, VOCABULARY, TinyFamily, pixels
 
 PATCH, MERGE = 4, 2
-START, END, STAMP = 93, 94, 91               # around every picture; timestamp before a frame of Qwen3-VL
+START, END, STAMP = 93, 94, 91  # around every picture; timestamp before a frame of Qwen3-VL
 GRIDS = {"image": [(1, 8, 8), (1, 6, 10), (1, 12, 4)], "video": [(3, 4, 6), (4, 6, 4)]}  # frames, rows, columns in patches
 
 VISION: dict[str, Any] = {"depth": 4, "num_heads": 4, "patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size": 2}

@@ -1,0 +1,123 @@
+"""Any other Hugging Face vision-language model, found by structure: a placeholder id, features that fill it, a decoder with layers.
+
+An item is one entry of what the model's ``get_image_features`` returns, cut where text stands between its tokens: the whole picture
+for most models, one tile for models that show tiles as pictures of their own (Idefics3, SmolVLM). Vision signals are not offered; decoder signals are.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlprune.adapters._decoder_taps import attention_of
+from vlprune.adapters._vlm import Features, VisionLanguageAdapter
+from vlprune.errors import UnsupportedModelError
+from vlprune.method import ModelFacts
+from vlprune.protocols import Tap
+from vlprune.tokens import VisualItem, raster_grid, square_grid
+
+
+class GeneralAdapter(VisionLanguageAdapter):
+    """Found by structure, not by a list of names."""
+
+    name = "general"
+    priority = 100
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        missing = self._missing()
+        if missing:
+            kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+            raise UnsupportedModelError(
+                f"{type(model).__name__} (model_type {kind!r}) cannot be pruned by structure; looked for and did not find: {'; '.join(missing)}. "
+                "See CONTRIBUTING.md, 'Add a model family'."
+            )
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Anything with a config that mentions pictures."""
+        config = getattr(model, "config", None)
+        return any(getattr(config, name, None) is not None for name in ("image_token_id", "image_token_index", "vision_config"))
+
+    def _missing(self) -> list[str]:
+        missing = []
+        if not self.placeholders:
+            missing.append("an image placeholder id (config.image_token_id)")
+        if not hasattr(self.core, "get_image_features"):
+            missing.append("get_image_features on the model or model.model")
+        layers = getattr(self._decoder, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            return [*missing, "a decoder with a list of layers (get_decoder().layers)"]
+        layer_types = set(getattr(self._decoder.config, "layer_types", None) or [])
+        strange = layer_types - {"full_attention", "sliding_attention", "chunked_attention"}
+        if strange:
+            missing.append(f"attention in every decoder layer (this one also has {', '.join(sorted(strange))})")
+        for name in ("input_layernorm", "mlp"):
+            if not isinstance(getattr(layers[0], name, None), nn.Module):
+                missing.append(f"{name} in {type(layers[0]).__name__}")
+        try:
+            attention_of(layers[0])
+        except UnsupportedModelError as error:
+            missing.append(str(error))
+        return missing
+
+    @cached_property
+    def _decoder(self) -> Any:
+        for owner in (self.core, self.model):
+            found = owner.get_decoder() if hasattr(owner, "get_decoder") else None
+            for candidate in (found, getattr(found, "model", None), getattr(owner, "language_model", None), getattr(owner, "text_model", None)):
+                if isinstance(getattr(candidate, "layers", None), nn.ModuleList):
+                    return candidate
+        return None
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The stack of decoder layers."""
+        return self._decoder  # type: ignore[no-any-return]
+
+    @property
+    def multimodal_rope(self) -> bool:
+        """Whether the rotary ids have sections for time, height and width."""
+        rope = getattr(self.decoder.config, "rope_parameters", None) or {}
+        nested = rope.values() if isinstance(rope, dict) else ()
+        return "mrope_section" in rope or any(isinstance(part, dict) and "mrope_section" in part for part in nested)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """The decoder; the tower is not looked into."""
+        return ModelFacts(decoder_layers=self.decoder_depth, signals=self.offers_in_decoder)
+
+    def default_method(self) -> tuple[str, float]:
+        """A method that needs no vision signals."""
+        return "todre", 1 / 3
+
+    def features_of(self, modality: str, output: Any, arguments: dict[str, Any], signals: dict[Tap, Tensor]) -> Features:
+        """Grids from ``*_grid_thw`` where the model is called with one, else squares."""
+        found = super().features_of(modality, output, arguments, signals)
+        shapes = arguments.get(f"{modality}_grid_thw")
+        if isinstance(shapes, Tensor) and shapes.shape == (len(found.lengths), 3):
+            merge = int(getattr(self.model.config.vision_config, "spatial_merge_size", 1))
+            grids = [raster_grid(t, h // merge, w // merge) for t, h, w in shapes.tolist()]
+            found.grids = [grid if grid.shape[0] == length else None for grid, length in zip(grids, found.lengths, strict=True)]
+        return found
+
+    def _items(self, modality: str, mask: Tensor, output: Any, found: Features) -> list[tuple[VisualItem, Features, int]]:
+        """Pictures that text stands between are items of their own, also where the model encodes a row's pictures together."""
+        items = super()._items(modality, mask, output, found)
+        if modality != "image":
+            return items
+        split: list[tuple[VisualItem, Features, int]] = []
+        for item, features, source in items:
+            breaks = (torch.nonzero(item.positions.diff() > 1).flatten() + 1).tolist()
+            runs = item.positions.tensor_split(breaks) if breaks else (item.positions,)
+            for run in runs:
+                grid = item.grid if len(runs) == 1 else square_grid(run.numel())
+                split.append((VisualItem(item.row, run, modality, len(split), grid), features, source))
+        return split
+
+
+ADAPTERS = (GeneralAdapter,)
+

@@ -1,0 +1,135 @@
+"""Run whole tiny models with stored weights and compare with what the authors' programs gave.
+
+    python tests/reference/check_models.py DIR [--strict]
+
+DIR is one method's folder (with case folders inside) or a folder of them. A line a method: cases passed of found, and the
+first mismatch. Exit 1 on a mismatch; a method that has no entry here is listed as missing and fails only with ``--strict``.
+Compared: kept tokens index for index, logits of every step to 1e-4, decoded tokens, cache lengths by layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import vlprune
+
+TOLERANCE = 1e-4
+
+
+def fastv(meta: dict[str, Any]) -> dict[str, Any]:
+    """R is the share that leaves."""
+    return {"method": "fastv", "keep": 1 - meta["R"], "layer": meta["drop_before_layer_0based"]}
+
+
+def transprune(meta: dict[str, Any]) -> dict[str, Any]:
+    """Layers after which = 0-based layer before which; accumulated layers are 1-based."""
+    accumulate = tuple(layer - 1 for layer in meta["accumulate_layers_1based"])
+    return {"method": "transprune", "keep": tuple(meta["ratios"]), "layers": tuple(meta["prune_after_layers_1based"]), "accumulate": accumulate}
+
+
+def hiprune(meta: dict[str, Any]) -> dict[str, Any]:
+    """The object layer is 1-based there."""
+    return {"method": "hiprune", "keep": meta["K"], "alpha": meta["alpha"], "object_layer": meta["object_layer_1based"] - 1}
+
+
+def hiprune_qwen25vl(meta: dict[str, Any]) -> dict[str, Any]:
+    """Sum scores: where the stored case lost tokens to the subtraction, subtract as it did (1 of a sum over 4N queries)."""
+    lost = {"subtract": 1 / (4 * meta["n_visual"])} if meta["kept"] < meta["K"] else {}
+    return {**hiprune(meta), **lost}
+
+
+METHODS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "fastv": fastv,
+    "transprune": transprune,
+    "hiprune": hiprune,
+    "hiprune_qwen25vl": hiprune_qwen25vl,
+}
+
+
+def load_model(folder: Path) -> torch.nn.Module:
+    """The model of a case, from its config and weights."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    model.load_state_dict(load_file(folder / "weights.safetensors"), strict=True)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def check_case(folder: Path, options: dict[str, Any], positions: str) -> str:
+    """Empty if everything agrees, else the first mismatch."""
+    inputs, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    steps = int(expected["greedy_tokens"].numel())
+    model = load_model(folder)
+    method = options.pop("method")
+    with torch.no_grad(), vlprune.apply(model, method, positions=positions, **options) as handle:
+        out = model.generate(**inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True)  # type: ignore[operator]
+        points = handle.report().points
+    names = sorted(name for name in expected if name.startswith("keep_indices_stage"))
+    if len(names) != len(points):
+        return f"{len(points)} pruning points, expected {len(names)}"
+    for name, record in zip(names, points, strict=True):
+        if not torch.equal(record.keep_indices[0], expected[name].flatten().long()):
+            return f"{name}: kept tokens differ"
+    logits = torch.stack(out.logits)[:, 0]
+    error = float((logits - expected["step_logits"].reshape(logits.shape)).abs().max())
+    if not error <= TOLERANCE:
+        return f"step_logits differ by {error:.2e}"
+    if not torch.equal(out.sequences[0, -steps:], expected["greedy_tokens"].flatten().long()):
+        return "decoded tokens differ"
+    lengths = [layer.stored_keys().shape[2] for layer in out.past_key_values.layers]
+    if lengths != expected["kv_lengths_end"].flatten().tolist():
+        return f"cache lengths {lengths}"
+    return ""
+
+
+def case_folders(folder: Path) -> list[Path]:
+    """Case folders of a method, or the folder itself if it is one case."""
+    return [folder] if (folder / "meta.json").exists() else sorted(path.parent for path in folder.glob("*/meta.json"))
+
+
+def main() -> int:
+    """Check every folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--strict", action="store_true", help="a method that is not there yet fails")
+    arguments = parser.parse_args()
+    if not arguments.folder.is_dir():
+        parser.error(f"no folder {arguments.folder}")
+    root: Path = arguments.folder.resolve()
+    single = bool(case_folders(root)) and not any(case_folders(path) and not (path / "meta.json").exists() for path in root.iterdir() if path.is_dir())
+    failed = False
+    for folder in [root] if single else sorted(path for path in root.iterdir() if path.is_dir()):
+        cases = case_folders(folder)
+        if not cases:
+            continue
+        name = json.loads((cases[0] / "meta.json").read_text()).get("method", folder.name)
+        if name not in METHODS:
+            print(f"{name:<20} missing  ({len(cases)} cases)")
+            failed |= arguments.strict
+            continue
+        passed, first = 0, ""
+        for case in cases:
+            meta = json.loads((case / "meta.json").read_text())
+            try:
+                mismatch = check_case(case, METHODS[name](meta), meta["positions"])
+            except Exception as error:
+                mismatch = f"{type(error).__name__}: {error}"
+            passed += not mismatch
+            first = first or (f"{case.name}: {mismatch}" if mismatch else "")
+        print(f"{name:<20} {passed}/{len(cases)}  {first or 'ok'}")
+        failed |= passed < len(cases)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
