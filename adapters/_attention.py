@@ -118,7 +118,7 @@ def column_mean(queries: Tensor, keys: Tensor, scale: float, lengths: list[int] 
     return received.mean(dim=1) / length
 
 
-def mask_rows(mask: Any, slots: Tensor, rows: Tensor, past: int, num_keys: int, key_valid: Tensor | None) -> Tensor:
+def mask_rows(mask: Any, slots: Tensor, rows: Tensor, past: int, num_keys: int, key_valid: Tensor | None, causal: bool = True) -> Tensor:
     """Part of a layer's mask for a few queries.
 
     Args:
@@ -126,6 +126,7 @@ def mask_rows(mask: Any, slots: Tensor, rows: Tensor, past: int, num_keys: int, 
         slots: (G, T) the queries' places among the layer's current tokens. rows: (G,) batch rows.
         past: entries that were in the cache before. num_keys: past and current entries.
         key_valid: (B, S) false on filler entries, or ``None``.
+        causal: what the module takes no mask to mean.
 
     Returns:
         (G, 1, T, S) bool or additive.
@@ -134,7 +135,8 @@ def mask_rows(mask: Any, slots: Tensor, rows: Tensor, past: int, num_keys: int, 
         own = mask[rows] if mask.shape[0] > 1 else mask.expand(rows.shape[0], -1, -1, -1)
         picked = torch.gather(own, 2, slots[:, None, :, None].expand(-1, own.shape[1], -1, own.shape[3]))
         return picked[..., :num_keys]
-    allowed = torch.arange(num_keys, device=slots.device)[None, None, :] <= (slots + past)[:, :, None]   # (G, T, S)
+    limit = (slots + past)[:, :, None] if causal else num_keys
+    allowed = (torch.arange(num_keys, device=slots.device)[None, None, :] <= limit).expand(slots.shape[0], slots.shape[1], -1)
     for padding in (mask, key_valid):
         if isinstance(padding, Tensor):
             allowed = allowed & padding[rows][:, None, :num_keys].bool()

@@ -17,6 +17,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from vlprune.errors import UnsupportedCallError
 
+#: transformers 5.17 has no ``BaseQuantizedLayer``: there every quantized layer is a ``QuantizedLayer``.
+_QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+
 
 class KeyMap:
     """Where the entries of a pruned cache layer stood. Immutable and shared by the layers of a stage.
@@ -179,7 +182,7 @@ class PrunedLayer(CacheLayerMixin):
     def stored_keys(self) -> Tensor | None:
         """(B, H, P, d) entries in the model's own numbers, or ``None`` where the inner layer keeps them otherwise."""
         keys = getattr(self.inner, "keys", None)
-        if not self.inner.is_initialized or keys is None or isinstance(self.inner, cache_utils.BaseQuantizedLayer):
+        if not self.inner.is_initialized or keys is None or isinstance(self.inner, _QUANTIZED):
             return None
         entries = self.length if self.keymap is None else self.keymap.entries(self.length)
         return keys[..., :entries, :]

@@ -36,6 +36,7 @@ class DecoderEngine:
         self.layers: list[nn.Module] = list(decoder.layers)  # type: ignore[arg-type]
         self.stages = pruner.stages("decoder")
         self.taps = DecoderTaps(self.layers, pruner)
+        self.causal = bool(getattr(attention_of(self.layers[0]), "is_causal", True))
         self.renumber = pruner.positions == "renumber" and bool(self.stages)
         if self.renumber and not can_renumber:
             raise UnsupportedModelError(
@@ -167,7 +168,7 @@ class DecoderEngine:
             if active is not None:
                 valid = active if valid is None else valid & active
         return _sequence.cut_mask(
-            mask, rows=index, columns=columns, columns_valid=valid, query_positions=past + places, backend=self.backend
+            mask, rows=index, columns=columns, columns_valid=valid, query_positions=past + places, backend=self.backend, causal=self.causal
         )
 
     def _next_keymap(self, session: Session, entry: PrunedLayer | None, active: Tensor | None) -> tuple[KeyMap | None, int]:
@@ -226,7 +227,9 @@ class DecoderEngine:
             def make_mask() -> Any:
                 columns, valid = keymap.positions(past + new, entry.slots)
                 places = None if new == 1 else past + torch.arange(new, device=columns.device).expand(columns.shape[0], -1)
-                return _sequence.cut_mask(mask, rows=None, columns=columns, columns_valid=valid, query_positions=places, backend=self.backend)
+                return _sequence.cut_mask(
+                    mask, rows=None, columns=columns, columns_valid=valid, query_positions=places, backend=self.backend, causal=self.causal
+                )
 
             cut["attention_mask"] = keymap.once("mask", mask, past, make_mask)
         if self.renumber and kwargs.get("position_embeddings") is not None:

@@ -87,7 +87,9 @@ class DecoderTaps:
             cos, sin = (_rows_of(part, rows, slots) for part in rotary)
             queries = _attention.rotate(attn, queries, cos, sin)
         keys, past = self._keys(attn, states, rotary, entry, ran)
-        allowed = _attention.mask_rows(kwargs.get("attention_mask"), slots, rows, past, keys.shape[2], session.valid if past == 0 else None)
+        causal = bool(getattr(attn, "is_causal", True))
+        filler = session.valid if past == 0 else None
+        allowed = _attention.mask_rows(kwargs.get("attention_mask"), slots, rows, past, keys.shape[2], filler, causal)
         own_keys = keys if keys.shape[0] == rows.shape[0] and len({s.item.row for s in group}) == len(group) and _in_order(group) else keys[rows]
         probabilities = _attention.attention_rows(attn, queries, own_keys, allowed)      # (G, T, S)
         received = (probabilities * weights[..., None]).sum(dim=1)                       # (G, S)

@@ -37,6 +37,7 @@ def cut_mask(
     columns_valid: Tensor | None,
     query_positions: Tensor | None,
     backend: str,
+    causal: bool = True,
 ) -> Any:
     """Cut an attention mask to the queries ``rows`` and the keys ``columns``.
 
@@ -47,6 +48,7 @@ def cut_mask(
         columns_valid: (B, K') false for keys nobody may see (repeated entries of short rows); ``None``: all may be seen.
         query_positions: (B, Q') places of the queries on the axis of ``columns``, needed to build a causal mask.
         backend: the attention implementation.
+        causal: what the module takes no mask to mean; bidirectional otherwise.
     """
     if columns is None:
         return mask
@@ -55,10 +57,10 @@ def cut_mask(
             return None                                                  # order is kept, so causal stays causal
         if "flash" in backend:
             return columns_valid
-        if query_positions is None:
+        if query_positions is None or not causal:
             return columns_valid[:, None, None, :]
-        causal = columns[:, None, :] <= query_positions[:, :, None]      # (B, Q', K')
-        return (causal & columns_valid[:, None, :])[:, None]
+        earlier = columns[:, None, :] <= query_positions[:, :, None]     # (B, Q', K')
+        return (earlier & columns_valid[:, None, :])[:, None]
     if not isinstance(mask, Tensor):
         raise UnsupportedCallError(
             f"attention masks of type {type(mask).__name__} cannot be cut. Load the model with attn_implementation='sdpa', 'eager' or "

@@ -22,7 +22,12 @@ table = Table("method", "right", "visual tokens at each point", "KV cache", titl
 for name in vlprune.list_methods():
     if vlprune.get_method(name).modality == "video":
         continue
-    with vlprune.apply(loaded.model, name, keep=keep) as handle:
+    try:
+        handle = vlprune.apply(loaded.model, name, keep=keep)
+    except vlprune.VlpruneError as reason:              # such as a method for vision towers that this model cannot have cut
+        table.add_row(name, "-", f"[dim]{reason}[/]", "-")
+        continue
+    with handle:
         right = sum(loaded.answers(inputs, max_new_tokens=4) == [answer] for inputs, answer in asked)
         report = handle.report()                        # of the last question
     points = ", ".join(f"{point.point} {point.visual_before} -> {point.visual_kept}" for point in report.points) or "all stay"

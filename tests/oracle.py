@@ -37,13 +37,13 @@ def hidden_columns(trace: Trace, num_layers: int) -> list[Tensor]:
     return result
 
 
-def masked_run(model: nn.Module, inputs: dict[str, Any], hidden: list[Tensor], extra_ids: Tensor | None = None, **kwargs: Any) -> Any:
+def masked_run(model: nn.Module, inputs: dict[str, Any], hidden: list[Tensor], extra_ids: Tensor | None = None, generated_type: int = 0, **kwargs: Any) -> Any:
     """One full-length forward of the untouched model with columns hidden from layer on; ``extra_ids`` are appended to the prompt."""
     inputs = dict(inputs)
     if extra_ids is not None and extra_ids.shape[1]:
         for name in ("mm_token_type_ids", "token_type_ids"):
             if name in inputs:
-                inputs[name] = torch.cat([inputs[name], torch.zeros_like(extra_ids)], dim=1)
+                inputs[name] = torch.cat([inputs[name], torch.full_like(extra_ids, generated_type)], dim=1)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], extra_ids], dim=1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(extra_ids)], dim=1)
     length = inputs["input_ids"].shape[1]

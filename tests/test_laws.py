@@ -79,7 +79,7 @@ def test_drop_equals_mask(method: str, family: str, attention: str, padding: str
     if not handle.adapter.multimodal_rope:  # type: ignore[attr-defined]
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(new_ids[:, :-1])], dim=1)
         kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    reference = masked_run(model, inputs, hidden, new_ids[:, :-1], **kwargs).logits
+    reference = masked_run(model, inputs, hidden, new_ids[:, :-1], tiny.generated_type, **kwargs).logits
     for step, logits in enumerate(out.logits):
         torch.testing.assert_close(logits, reference[:, prompt_length - 1 + step], **TOLERANCE)
     assert torch.equal(new_ids, reference[:, prompt_length - 1 :].argmax(dim=-1))

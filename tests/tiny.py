@@ -27,7 +27,7 @@ class TinyFamily:
 
     name: str = ""
     modalities: tuple[str, ...] = ("image",)
-    decoder_layers: ClassVar[int] = 4
+    generated_type: ClassVar[int] = 0        # token type of generated tokens, for models that have token types
     shapes: dict[str, int] = field(default_factory=lambda: {"image": 1, "video": 1})
 
     def make(self) -> nn.Module:

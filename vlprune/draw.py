@@ -173,7 +173,8 @@ def _square(picture: Image) -> Image:
 def _grid(record: PointRecord, item: int) -> Array:
     grid = record.items[item].grid
     if grid is None:
-        raise OptionError(f"item {item} of {record.point} has no grid: this model does not say where on the picture its {record.items[item].num_tokens} tokens lie")
+        count = record.items[item].num_tokens
+        raise OptionError(f"item {item} of {record.point} has no grid: this model does not say where on the picture its {count} tokens lie")
     return grid.numpy()  # type: ignore[no-any-return]
 
 

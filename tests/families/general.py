@@ -64,6 +64,12 @@ class TinySmolVLM(TinyGeneral):
 class TinyPaliGemma(TinyGeneral):
     """PaliGemma: the prompt sees itself in both directions."""
 
+    generated_type = 1
+
+    def extra(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """All of it is prompt."""
+        return {"token_type_ids": torch.zeros_like(input_ids)}
+
     def make(self) -> nn.Module:
         """SigLIP tower, Gemma decoder."""
         text = tiny_llama(model_type="gemma", head_dim=8)

@@ -24,7 +24,10 @@ def run(model: Any, pixels: Tensor) -> dict[str, Tensor]:
     final, maps = model.forward_intermediates(pixels)
     listed = model.forward_intermediates(pixels, indices=[1, 2], output_fmt="NLC", intermediates_only=True, stop_early=True)
     again = model.forward_head(model.forward_features(pixels))
-    found = {"logits": logits, "tokens.last": features, "tokens.final": final, "again": again, "from_final": model.forward_head(final)}
+    found = {"logits": logits, "again": again, "from_final": model.forward_head(final)}
+    if not model.global_pool:
+        found = {f"tokens.{name}": value for name, value in found.items()}
+    found.update({"tokens.last": features, "tokens.final": final})
     found.update({f"tokens.map.{number}": part.flatten(2).mT for number, part in enumerate(maps)})
     return {**found, "tokens.list.1": listed[0], "tokens.list.2": listed[1]}
 
