@@ -192,9 +192,18 @@ class DecoderEngine:
             if valid is not None or before_valid is not None:
                 ones = [torch.ones_like(part, dtype=torch.bool) for part in (before, places)]
                 valid = torch.cat([ones[0] if before_valid is None else before_valid, ones[1] if valid is None else valid], dim=1)
-            made = KeyMap(torch.cat([before, past + places], dim=1), valid, past + length, gone)
+            after = self._whole_after(session) if valid is None else length              # from here on nothing left: may be rolled back
+            first = places[:, : places.shape[1] - (length - after)]
+            made = KeyMap(torch.cat([before, past + first], dim=1), valid, past + after, gone)
             session.memo[key] = (made, entry.keymap, index, active)
         return session.memo[key][0], past
+
+    @staticmethod
+    def _whole_after(session: Session) -> int:
+        """Position after which every row is complete: behind the last visual token and the last padding."""
+        visual = max(int(item.positions[-1]) for item in session.layout.items)
+        padding = torch.nonzero(~session.layout.valid_mask())[:, 1]
+        return 1 + max(visual, int(padding.max()) if padding.numel() else -1)
 
     def _rotary(self, session: Session, kwargs: dict[str, Any], index: Tensor, entry: PrunedLayer | None) -> Any:
         if not self.renumber:

@@ -214,7 +214,7 @@ class VisionEngine:
         if not self.acts:
             return
         if self.patches is not None:
-            hooks.after(self.patches, self._after_patches)
+            hooks.after(self.patches, lambda module, args, kwargs, output: self._note_grid(output))
         for number, block in enumerate(self.blocks):
             hooks.before(block, self._before_block(number))
             hooks.after(block, self._after_block(number), first=True)    # before transformers records the output
@@ -240,7 +240,9 @@ class VisionEngine:
                     )
                 for tap in stage.needs:
                     if tap.tower != "vision" or tap.layer >= stage.point.layer:
-                        raise MissingSignalError(f"{method.name} reads {tap}, but when {stage.point.label} is reached only {stage.point.layer} vision blocks ran")
+                        raise MissingSignalError(
+                            f"{method.name} reads {tap}, but when {stage.point.label} is reached only {stage.point.layer} vision blocks have run"
+                        )
                     if not self.taps:
                         raise MissingSignalError(f"{method.name} reads {tap}, but the attention of {type(self.blocks[tap.layer]).__name__} cannot be read")
 
@@ -272,7 +274,7 @@ class VisionEngine:
             session.finish()
             self.pruner.last_trace = session.trace
 
-    def _after_patches(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _note_grid(self, output: Any) -> None:
         self._local.grid = tuple(output.shape[-2:]) if isinstance(output, Tensor) and output.dim() == 4 else None
 
     def _start(self, hidden: Tensor) -> VisionSession:
@@ -291,7 +293,7 @@ class VisionEngine:
         session = VisionSession(self.pruner, layout, hidden.device, prefix=self.prefix, grid=self._device_grid(layout, grid, hidden.device))
         session.recording = getattr(self._local, "recording", False)
         session.trace.layout = layout
-        session.trace.vision_sequences = rows
+        session.trace.vision_sequences, session.trace.vision_dense = rows, rows * length
         session.trace.shapes = {} if self.shape is None else {"vision": self.shape}
         self._local.session = session
         return session
@@ -324,7 +326,7 @@ class VisionEngine:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = args[0] if args else kwargs["hidden_states"]
-            hidden = given.transpose(0, 1) if self.sequence_first else given
+            hidden = arrived = given.transpose(0, 1) if self.sequence_first else given
             session = self._start(hidden) if number == 0 else self.session
             if session is None:
                 return None
@@ -340,7 +342,7 @@ class VisionEngine:
                     f"{self.pruner.method.name} reads the tower's attention, which is not defined under an attention mask given to the tower. "
                     "Leave the mask out, or use a method that reads no attention (random, uniform)."
                 )
-            if session.index is None:
+            if session.index is None and hidden is arrived:
                 return None
             if self.sequence_first:
                 hidden = hidden.transpose(0, 1).contiguous()
@@ -360,7 +362,8 @@ class VisionEngine:
         if key not in session.memo:
             rows = index.shape[0]
             padding = mask.dim() == 2 and self.padding_masks
-            if mask.shape[-1] != full or (not padding and mask.shape[-2] not in (1, full)) or mask.dim() not in (2, 3, 4) or (mask.dim() == 3 and mask.shape[0] % rows):
+            known = mask.dim() in (2, 4) or (mask.dim() == 3 and mask.shape[0] % rows == 0)
+            if not known or mask.shape[-1] != full or not (padding or mask.shape[-2] in (1, full)):
                 raise UnsupportedCallError(f"vision blocks got a mask of shape {tuple(mask.shape)}; known are (B, 1 or H, {full}, {full}) and ({full}, {full})")
             if padding:
                 cut = torch.gather(mask.expand(rows, -1), 1, index)

@@ -127,6 +127,8 @@ class VisionLanguageAdapter(Adapter):
         hooks.before(self.core, lambda m, a, k: self._before_core(signature, a, k))
         hooks.after(self.core, self._after_core, always=True)
         hooks.before(self.decoder, self._before_decoder)
+        if any(tap.kind in ROW_KINDS for tap in pruner.taps("decoder")) and hasattr(self.model, "_get_candidate_generator"):
+            hooks.wrap(self.model, "_get_candidate_generator", self._refuse_assistance)
         engine.attach(hooks)
 
     def dimensions(self) -> dict[str, Any]:
@@ -145,6 +147,13 @@ class VisionLanguageAdapter(Adapter):
                 found.signals[tap] = list(values)
         return found
 
+    def _refuse_assistance(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Assisted decoding sends candidates along with the prompt, so "the last prompt token" would be a guess."""
+        raise UnsupportedCallError(
+            f"{self.pruner.method.name} looks at the last prompt tokens, and assisted (or prompt-lookup) generation appends candidate tokens to the prompt: "
+            "the choice would depend on guesses. Generate without assistance, or use a method that does not look at the text (see `vlprune methods`)."
+        )
+
     def _around_features(self, modality: str) -> Any:
         def around(original: Any, *args: Any, **kwargs: Any) -> Any:
             self.pruner.vision = {}
@@ -152,10 +161,9 @@ class VisionLanguageAdapter(Adapter):
             arguments = inspect.signature(original).bind(*args, **kwargs).arguments
             found = self.features_of(modality, output, dict(arguments), self.pruner.vision)
             self.pruner.vision = {}
-            try:
+            if hasattr(output, "pooler_output"):
                 output.vlprune_features = found                  # rides on the output object: generate may encode ahead of the forward
-            except AttributeError:
-                pass
+            self.pruner.encoded[modality] = (output, found)
             if self.pruner.call is not None:
                 self.pruner.call.features[modality] = (output, found)
             return output
@@ -182,7 +190,7 @@ class VisionLanguageAdapter(Adapter):
         first = next(iter(call.placeholders.values()))
         call.valid = valid_tokens(given.get("attention_mask"), *first.shape)
         for modality, output in encoded.items():
-            found = getattr(output, "vlprune_features", None)
+            found = getattr(output, "vlprune_features", None) or self._encoded_before(modality, output)
             if found is None:
                 raise UnsupportedCallError(
                     "these visual features were encoded without the pruning, or cut into chunks by chunked prefill. Set "
@@ -190,6 +198,14 @@ class VisionLanguageAdapter(Adapter):
                 )
             call.features[modality] = (output, found)
         pruner.call = call
+
+    def _encoded_before(self, modality: str, output: Any) -> Features | None:
+        """What is known of features whose output object was rebuilt on the way (accelerate does, to move it), if they are the same."""
+        known, found = self.pruner.encoded.get(modality, (None, None))
+        if known is None or item_lengths(known) != item_lengths(output):
+            return None
+        same = all(torch.equal(a.to(b.device), b) for a, b in zip(known.pooler_output, output.pooler_output, strict=True))
+        return found if same else None
 
     def _placeholder_mask(self, ids: Tensor | None, embeds: Tensor | None, number: int) -> Tensor:
         """(B, L) bool on the CPU: the one device read of a prefill, before any heavy kernel is queued."""
@@ -264,6 +280,7 @@ class VisionLanguageAdapter(Adapter):
     def _after_core(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         pruner = self.pruner
         session, pruner.session, pruner.call = pruner.session, None, None
+        pruner.encoded.clear()
         if session is not None and output is not None:
             session.finish()
             pruner.last_trace = session.trace

@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,19 +26,6 @@ from vlprune.pruner import Pruner
 from vlprune.tokens import raster_grid
 
 FAMILY = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-
-
-@dataclass
-class PackedFeatures(Features):
-    """Features of one call of a packed tower.
-
-    Attributes:
-        patches: tokens that every vision block ran on.
-        segments: pictures and frames among them, each attending to itself only.
-    """
-
-    patches: int = 0
-    segments: int = 0
 
 
 class QwenVLAdapter(VisionLanguageAdapter):
@@ -152,8 +138,7 @@ class QwenVLAdapter(VisionLanguageAdapter):
     def _before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the grids before anything heavy is queued."""
         grid = args[1] if len(args) > 1 else kwargs["grid_thw"]
-        self.pruner.vision["grid"] = shapes = grid.tolist()
-        self.pruner.vision_lengths = [sum(t * h * w for t, h, w in shapes)] * len(self.blocks)
+        self.pruner.vision["grid"] = grid.tolist()
 
     def _note_windows(self, original: Callable[..., Any], tensor: Tensor, window_index: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.pruner.vision["windows"] = window_index
@@ -191,7 +176,7 @@ class QwenVLAdapter(VisionLanguageAdapter):
         grid: list[tuple[int, int, int]] = self.pruner.vision["grid"]
         shapes = [(t, h // self.merge, w // self.merge) for t, h, w in grid]
         lengths = [t * h * w for t, h, w in shapes]
-        found = PackedFeatures(
+        found = Features(
             lengths,
             [raster_grid(*shape) for shape in shapes],
             patches=sum(t * h * w for t, h, w in grid),
@@ -204,30 +189,28 @@ class QwenVLAdapter(VisionLanguageAdapter):
 
     # decoder
 
-    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Count images and videos of a prompt together."""
-        known = self.pruner.session
-        super()._before_decoder(module, args, kwargs)
-        session, call = self.pruner.session, self.pruner.call
-        if session is not None and session is not known:
-            towers = [found for _, found in call.features.values()]
-            session.trace.vision_tokens = [sum(found.patches for found in towers)] * len(self.blocks)
-            session.trace.vision_sequences = sum(found.segments for found in towers)
-
     def _deepstack(self, original: Callable[..., Any], hidden: Tensor, mask: Tensor, embeds: Tensor) -> Any:
         """Add each surviving visual token its own feature. ``mask`` is (B, L), ``embeds`` (visual tokens, D), both of the full prompt."""
         session = self.pruner.session
         restored = session is not None and len(session.trace.decoder_lengths) == self.decoder_depth  # behind the last layer
         if session is None or session.index is None or restored:
             return original(hidden, mask, embeds)
-        index, key = session.index, ("deepstack", id(session.index))
-        if key not in session.memo:
-            mask = mask.to(index.device)
-            number = (mask.flatten().cumsum(0) - 1).clamp(min=0).reshape(mask.shape)  # of each visual token in ``embeds``
-            session.memo[key] = (torch.gather(mask, 1, index), torch.gather(number, 1, index), index)
-        visual, number = (part.to(hidden.device) for part in session.memo[key][:2])  # (B, Lc)
-        own = embeds.to(hidden.device, hidden.dtype)[number]
-        return torch.where(visual[..., None], hidden + own, hidden)
+
+        def add(states: Tensor, index: Tensor | None) -> Tensor:
+            if index is None:
+                return original(states, mask, embeds)  # type: ignore[no-any-return]
+            key = ("deepstack", id(index))
+            if key not in session.memo:
+                here = mask.to(index.device)
+                number = (here.flatten().cumsum(0) - 1).clamp(min=0).reshape(here.shape)  # of each visual token in ``embeds``
+                session.memo[key] = (torch.gather(here, 1, index), torch.gather(number, 1, index), index)
+            visual, number = (part.to(states.device) for part in session.memo[key][:2])  # (B, Lc)
+            return torch.where(visual[..., None], states + embeds.to(states.device, states.dtype)[number], states)
+
+        for cut in session.cuts:
+            if cut.restore is not None:  # rows that only skip a few layers do not miss what is added between them
+                cut.before = add(cut.before, cut.undo[0])
+        return add(hidden, session.index)
 
 
 ADAPTERS = (QwenVLAdapter,)

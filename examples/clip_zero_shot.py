@@ -18,7 +18,8 @@ if len(sys.argv) > 3:
     inputs = processor(text=labels, images=Image.open(sys.argv[2]).convert("RGB"), return_tensors="pt", padding=True)
 else:
     labels, widths = ["a", "b", "c"], {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
-    config = CLIPConfig(text_config={**widths, "vocab_size": 100, "bos_token_id": 98, "eos_token_id": 99}, vision_config={**widths, "image_size": 64, "patch_size": 8})
+    text = {**widths, "vocab_size": 100, "bos_token_id": 98, "eos_token_id": 99}
+    config = CLIPConfig(text_config=text, vision_config={**widths, "image_size": 64, "patch_size": 8})
     torch.manual_seed(0)
     model = CLIPModel(config).eval()
     inputs = {"input_ids": torch.tensor([[98, 5, 99], [98, 6, 99], [98, 7, 99]]), "pixel_values": torch.randn(1, 3, 64, 64)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -232,6 +233,17 @@ def test_two_threads_on_one_model(name: str) -> None:
     assert not failed
 
 
+@pytest.mark.parametrize("name", ["clip_vision", "siglip_classifier", "open_clip_avg"])
+def test_a_copy_of_a_pruned_model_prunes_too(name: str) -> None:
+    """The hooks travel with the copy, and the two do not disturb each other."""
+    family = tower(name)
+    model, pixels = family.build(), family.pixels(2)
+    with vlprune.apply(model, "random", keep=0.4, point="vision:2"):
+        pruned = run(family, model, pixels)
+        copied = run(family, copy.deepcopy(model), pixels)
+    assert all(torch.equal(copied[key], pruned[key]) for key in pruned)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_default_method(name: str) -> None:
     """``vlprune.apply(model)`` does something sensible, or says what is missing."""
@@ -273,7 +285,7 @@ def test_gradients(name: str) -> None:
         model.zero_grad()
         out = family.run(model, pixels)[key]
         (out[:, 0] if out.dim() == 3 else out).square().sum().backward()
-        return [parameter.grad.clone() for parameter in family.blocks(model).__iter__().__next__().parameters() if parameter.grad is not None]
+        return [parameter.grad.clone() for parameter in family.blocks(model)[0].parameters() if parameter.grad is not None]
 
     with vlprune.apply(model, "random", keep=0.4, point="vision:2") as handle:
         pruned = gradient()
@@ -294,7 +306,8 @@ def test_gradient_checkpointing_of_transformers(name: str) -> None:
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable()  # type: ignore[operator]
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the name before transformers 5.2x
+            enable()
         with vlprune.apply(model, "cls_attention", keep=0.4, layers=(1, 3)):
             model.zero_grad()
             model(pixel_values=pixels).pooler_output.square().sum().backward()

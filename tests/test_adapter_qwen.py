@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -299,3 +299,27 @@ def test_deepstack_behind_the_last_layer_meets_full_rows() -> None:
     with hidden_columns(model, gone, valid, 0):
         masked = model(**inputs).logits
     torch.testing.assert_close(pruned[valid & ~gone], masked[valid & ~gone], atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rows_that_skip_a_layer_get_what_deepstack_adds_behind_it() -> None:
+    family = FAMILIES[2]
+    model, inputs = family.build(), family.prompt(MIXED)
+    _, method = spying(1, LLMLayer(1))
+    method = replace(method, stages=(replace(method.stages[0], restore=2),))
+    with vlprune.apply(model, method) as handle:
+        skipped = model(**inputs).logits
+        gone = dropped_places(handle.trace)
+    valid = inputs["attention_mask"].bool()
+
+    def mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        allowed = torch.ones(gone.shape[1], gone.shape[1], dtype=torch.bool).tril() & (valid & ~gone)[:, None] | torch.eye(gone.shape[1], dtype=torch.bool)
+        return args, {**kwargs, "attention_mask": allowed[:, None]}
+
+    def leave(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return torch.where(gone[..., None], args[0] if args else kwargs["hidden_states"], output)
+
+    layer = model.model.language_model.layers[1]
+    layer.register_forward_pre_hook(mask, with_kwargs=True)
+    layer.register_forward_hook(leave, with_kwargs=True)
+    torch.testing.assert_close(skipped[valid], model(**inputs).logits[valid], atol=2e-5, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import statistics
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from vlprune.api import apply
-from vlprune.draw import draw_kept
+from vlprune.draw import draw_kept, side_by_side
 from vlprune.errors import OptionError, VlpruneError
 from vlprune.loading import Loaded, load_embedded
 from vlprune.report import Report
@@ -60,7 +61,9 @@ class Outcome:
         }  # fmt: skip
 
 
-def compare(loaded: Loaded, inputs: dict[str, Any], question: str, method: str | None, keep: Any, max_new_tokens: int = 32, patience: float = PATIENCE) -> Outcome:
+def compare(
+    loaded: Loaded, inputs: dict[str, Any], question: str, method: str | None, keep: Any, max_new_tokens: int = 32, patience: float = PATIENCE
+) -> Outcome:
     """Answer dense, answer pruned, and time both prefills in turn."""
     model = loaded.model
     dense = loaded.answers(inputs, max_new_tokens)
@@ -200,15 +203,15 @@ def table_of(outcomes: Sequence[Outcome], title: str) -> Any:
     """Questions, answers, tokens, FLOPs, cache bytes and times."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", show_lines=False, pad_edge=False)
-    for name in ("question", "true", "dense", "pruned"):
-        table.add_column(name, overflow="fold", max_width=44 if name == "question" else 24)
-    for name in ("visual tokens", "prefill FLOPs", "KV cache", "prefill ms"):
+    table = Table(title=title, title_justify="left", title_style="bold", show_lines=True, pad_edge=False)
+    table.add_column("question", overflow="fold", min_width=22, max_width=44)
+    for name in ("true", "dense", "pruned"):
+        table.add_column(name, overflow="fold", max_width=24)
+    for name in ("visual tokens", "prefill FLOPs", "KV cache", "prefill"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("speed-up", justify="right", no_wrap=True)
     for outcome in outcomes:
         report = outcome.report
-        points = "\n".join(f"{record.point} {record.visual_before} -> {record.visual_kept}" for record in report.points) or "all stay"
+        points = "\n".join(f"{record.point}  {record.visual_before} -> {record.visual_kept}" for record in report.points) or "all stay"
         table.add_row(
             outcome.question,
             outcome.truth[0] if len(outcome.truth) == 1 else "known" if outcome.truth else "-",
@@ -217,8 +220,7 @@ def table_of(outcomes: Sequence[Outcome], title: str) -> Any:
             points,
             _change(report.flops_dense, report.flops_pruned, ""),
             _change(report.kv_bytes_dense, report.kv_bytes_pruned, "B"),
-            f"{outcome.prefill_dense_ms:.1f} -> {outcome.prefill_ms:.1f}",
-            f"{outcome.speedup:.2f}x" if outcome.speedup else "-",
+            f"{outcome.prefill_dense_ms:.4g} -> {outcome.prefill_ms:.4g} ms\n{outcome.speedup:.2f}x faster" if outcome.speedup else "not timed",
         )
     return table
 
@@ -250,7 +252,7 @@ def _pictures() -> tuple[Any, Any, str]:
         import skimage.data
         from PIL import Image
 
-        from vlprune.evals import digits
+        digits = importlib.import_module("vlprune.evals.digits")
     except ImportError as error:
         raise VlpruneError(f"the demo needs {error.name}, which is not installed: pip install 'vlprune[demo]'") from error
     return digits, Image.fromarray(skimage.data.chelsea()), "the cat Chelsea"
@@ -326,7 +328,23 @@ def _finish(outcomes: Sequence[Outcome], out: Path, console: Any) -> None:
 def _change(before: float, after: float, unit: str) -> str:
     if not before:
         return "unknown"
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")):
-        if before >= factor:
-            break
-    return f"{before / factor:.3g} -> {after / factor:.3g} {prefix}{unit} ({after / before:.0%})"
+    scales = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+    factor, prefix = next((scale for scale in scales if before >= scale[0]), scales[-1])
+    return f"{before / factor:.3g} -> {after / factor:.3g} {prefix}{unit}\n{after / before:.0%} of dense"
+
+
+def cover(path: Path) -> Path:
+    """The README's picture: one held-out scene under two methods, as the embedded model sees it."""
+    digits, _, _ = _pictures()
+    loaded, scene = load_embedded(), digits.scene("heldout", 5)
+    asked = digits.questions(scene)[1]
+    inputs = loaded.inputs(asked.text, [scene.pil()])
+    drawn: list[Any] = []
+    for method, keep, names in (("hiprune", 64, "HiPrune: before the language model"), ("fastv", 64, "FastV: after its second layer")):
+        with apply(loaded.model, method, keep) as handle:
+            loaded.answers(inputs, 4)
+            report = handle.report()
+        first = not drawn
+        drawn.append(draw_kept(scene.pil(), report, size=360, original=first, title=f"{names}, {report.points[0].visual_before} -> {keep} tokens"))
+    side_by_side(drawn, gap=0).quantize(256).save(path, optimize=True)
+    return path

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-#: Colours of the roles, in their order; a single role takes the first. Further roles start again.
+#: Colours of the roles, in their order; further roles start again.
 ROLE_COLOURS = ("#ff5a36", "#ffc21f", "#2fb8ff", "#8de02c", "#d67bff")
-#: Colours of the points at which a token left; tokens that stay to the end take the last one.
+#: Colours of the points at which a token left.
 STAGE_COLOURS = ("#7a6cff", "#16b3c4", "#35c46a", "#9a6b3f")
+#: Tokens that stay to the end, where there are no roles.
 STAYED = "#ffb300"
 DROPPED = "#3a414b"
 TINT, VEIL, DIM = 0.08, 0.34, 0.42
@@ -132,7 +133,7 @@ def side_by_side(pictures: Sequence[Image], gap: int = 24) -> Image:
     for picture in pictures:
         sheet.paste(picture, (left, 0))
         left += picture.width + gap
-    return sheet  # type: ignore[no-any-return]
+    return sheet
 
 
 def _pillow() -> tuple[Any, Any, Any]:
@@ -175,7 +176,7 @@ def _grid(record: PointRecord, item: int) -> Array:
     if grid is None:
         count = record.items[item].num_tokens
         raise OptionError(f"item {item} of {record.point} has no grid: this model does not say where on the picture its {count} tokens lie")
-    return grid.numpy()  # type: ignore[no-any-return]
+    return grid.numpy()
 
 
 def _panels(pictures: list[Image], record: PointRecord, items: list[int], captions: Sequence[str] | None) -> list[_Panel]:
@@ -196,7 +197,9 @@ def _panels(pictures: list[Image], record: PointRecord, items: list[int], captio
         return _views(pictures[0], texts[0], record, item)
     step, rest = divmod(len(pictures), frames)                       # models may fuse neighbouring frames (Qwen: two)
     if rest or not step:
-        raise OptionError(f"item {item} has tokens for {frames} frames, but {len(pictures)} pictures were given; give {frames}, or a multiple if the model fuses frames")
+        raise OptionError(
+            f"item {item} has tokens for {frames} frames, but {len(pictures)} pictures were given; give {frames}, or a multiple if the model fuses frames"
+        )
     return [_Panel(pictures[frame * step], item, frame, texts[frame * step]) for frame in range(frames)]
 
 
@@ -224,7 +227,8 @@ def _keys(records: list[PointRecord], items: list[int], by: str) -> list[_Key]:
         classes = np.concatenate([_classes(record, item, by) for item in items])
         counts = np.bincount(classes + 1, minlength=len(record.role_names) + 1)
         names = record.role_names
-        found = [_Key(name, ROLE_COLOURS[number % len(ROLE_COLOURS)], int(counts[number + 1])) for number, name in enumerate(names)]
+        colours = ROLE_COLOURS if len(names) > 1 else (STAYED,)
+        found = [_Key(name, colours[number % len(colours)], int(counts[number + 1])) for number, name in enumerate(names)]
         return [*found, _Key("dropped", DROPPED, int(counts[0]))]
     kept = [sum(int(record.kept[item].numel()) for item in items) for record in records]
     found = [
@@ -299,7 +303,7 @@ def _paint(panel: _Panel, records: list[PointRecord], keys: list[_Key], side: in
             out[seams] = 0.75 * out[seams] + 0.25 * colour
         rim = inside & _edges(classes, thick)
         out[rim] = 0.12 * out[rim] + 0.88 * colour
-    return image_module.fromarray(np.clip(out + 0.5, 0, 255).astype(np.uint8))  # type: ignore[no-any-return]
+    return image_module.fromarray(np.clip(out + 0.5, 0, 255).astype(np.uint8))
 
 
 def _edges(labels: Array, thick: int) -> Array:
@@ -332,11 +336,11 @@ def _sheet(panels: list[Image], captions: list[str], columns: int | None, title:
     caption_height = small + 8 if any(captions) else 0
     rows = math.ceil(len(panels) / columns)
     inner = columns * wide + (columns - 1) * gap
-    lines = _legend_lines([*keys[-1:], *keys[:-1]] if len(keys) and keys[-1].label != "dropped" else keys, font, inner)
+    entries = _legend_lines([*keys[-1:], *keys[:-1]] if len(keys) and keys[-1].label != "dropped" else keys, font, inner)
     title_lines = _wrapped(title, head, inner)
     top = margin + (len(title_lines) * (small + 8) + 4 if title_lines else 0)
     body = rows * (high + caption_height) + (rows - 1) * gap
-    below = len(lines) * (small + 10) + (6 if lines else 0) + (small + 8 if notes else 0)
+    below = len(entries) * (small + 10) + (6 if entries else 0) + (small + 8 if notes else 0)
     sheet = image_module.new("RGB", (inner + 2 * margin, top + body + below + margin), PAPER)
     pen = draw_module.Draw(sheet)
     for number, line in enumerate(title_lines):
@@ -348,9 +352,9 @@ def _sheet(panels: list[Image], captions: list[str], columns: int | None, title:
         if caption:
             pen.text((left + wide / 2, upper + high + 3), caption, font=font, fill=INK, anchor="ma")
     y = top + body + 8
-    for line in lines:
+    for entry in entries:
         x = margin
-        for key, length in line:
+        for key, length in entry:
             box = small
             pen.rounded_rectangle((x, y + 1, x + box, y + 1 + box), 3, fill=_rgb(key.colour))
             pen.text((x + box + 6, y), f"{key.label}  {key.count}", font=font, fill=INK)
@@ -358,7 +362,7 @@ def _sheet(panels: list[Image], captions: list[str], columns: int | None, title:
         y += small + 10
     if notes:
         pen.text((margin, y), notes, font=font, fill=(110, 116, 124))
-    return sheet  # type: ignore[no-any-return]
+    return sheet
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:

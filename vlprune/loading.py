@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,10 +114,17 @@ def load_embedded() -> Loaded:
 def _stand_in() -> Loaded:
     """A LLaVA of the embedded model's shape with random weights and a word-level tokenizer."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
 
-    from vlprune.evals import digits
-
+    digits: Any = importlib.import_module("vlprune.evals.digits")
     words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "user:", "assistant:", *digits.vocabulary()]
     raw = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     raw.normalizer = normalizers.Lowercase()
@@ -128,7 +136,9 @@ def _stand_in() -> Loaded:
     )  # fmt: skip
     images = CLIPImageProcessorPil(size={"shortest_edge": digits.SIZE}, crop_size={"height": digits.SIZE, "width": digits.SIZE})
     processor = LlavaProcessor(images, tokenizer, patch_size=digits.PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1)
-    vision = CLIPVisionConfig(hidden_size=96, intermediate_size=256, num_hidden_layers=11, num_attention_heads=3, image_size=digits.SIZE, patch_size=digits.PATCH)
+    vision = CLIPVisionConfig(
+        hidden_size=96, intermediate_size=256, num_hidden_layers=11, num_attention_heads=3, image_size=digits.SIZE, patch_size=digits.PATCH
+    )
     text = LlamaConfig(
         vocab_size=len(words), hidden_size=96, intermediate_size=256, num_hidden_layers=10, num_attention_heads=3, num_key_value_heads=3,
         max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -166,7 +176,9 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto", trust_re
         raise OptionError(f"device={device!r} cannot be used here: {_first_line(error)}") from error
     config = load_config(name, trust_remote_code)
     if type(config) not in AutoModelForImageTextToText._model_mapping and not trust_remote_code:
-        raise UnsupportedModelError(f"{name!r} is a {config.model_type!r} model; the demo needs one that answers questions about pictures (such as LLaVA or Qwen-VL)")
+        raise UnsupportedModelError(
+            f"{name!r} is a {config.model_type!r} model; the demo needs one that answers questions about pictures (such as LLaVA or Qwen-VL)"
+        )
     chosen: Any = (torch.float32 if target.type == "cpu" else "auto") if dtype == "auto" else getattr(torch, dtype)
     notes: list[str] = []
     processor = load_processor(name, config, trust_remote_code, notes)
@@ -239,7 +251,7 @@ def empty_model(name: str, trust_remote_code: bool = False) -> nn.Module:
     return model
 
 
-class quiet:  # noqa: N801
+class quiet:
     """Keeps transformers' warnings and progress bars off the screen for a while."""
 
     def __enter__(self) -> None:

@@ -341,6 +341,11 @@ class Pruner:
         self._local.vision = value
 
     @property
+    def encoded(self) -> dict[str, Any]:
+        """By modality, what this thread encoded last and no forward has used yet."""
+        return self._local.__dict__.setdefault("encoded", {})  # type: ignore[no-any-return]
+
+    @property
     def call(self) -> Any:
         """What the adapter notes about the model call this thread is in."""
         return getattr(self._local, "call", None)

@@ -21,7 +21,7 @@ class Report:
             ``.visual_kept``, ``.keep_indices``.
         flops_dense, flops_pruned: prefill FLOPs, vision tower + scorer + decoder (conventions in `vlprune.flops`).
         kv_bytes_dense, kv_bytes_pruned: bytes of the key-value cache after prefill.
-        parts: the same FLOPs split into ``vision``, ``scorer``, ``decoder_dense``, ``decoder``.
+        parts: the same FLOPs split into ``vision_dense``, ``vision``, ``scorer``, ``decoder_dense``, ``decoder``.
     """
 
     method: str
@@ -80,20 +80,22 @@ def make_report(trace: Trace | None, method: str, keep: Any) -> Report:
     if trace is None:
         return Report(method, keep, [], 0.0, 0.0, 0, 0, {})
     decoder, vision = trace.shapes.get("decoder"), trace.shapes.get("vision")
-    seen = 0.0
+    seen = seen_dense = 0.0
     if isinstance(vision, TowerShape) and trace.vision_tokens:
         sequences = max(trace.vision_sequences, 1)
         seen = sum(sequences * vision.layer_flops(tokens // sequences) for tokens in trace.vision_tokens)
-    flops_dense = flops_pruned = seen
+        full_tokens = [trace.vision_dense or tokens for tokens in trace.vision_tokens]
+        seen_dense = sum(sequences * vision.layer_flops(tokens // sequences) for tokens in full_tokens)
+    flops_dense, flops_pruned = seen_dense, seen + trace.scorer_flops
     kv_dense = kv_pruned = 0
-    parts = {"vision": seen, "scorer": trace.scorer_flops}
+    parts = {"vision_dense": seen_dense, "vision": seen, "scorer": trace.scorer_flops}
     if isinstance(decoder, TowerShape) and trace.layout is not None and trace.decoder_lengths:
         full = [[trace.layout.length] * trace.layout.num_rows] * decoder.layers
         head = 2.0 * decoder.width * decoder.vocabulary * trace.layout.num_rows
         parts["decoder_dense"] = stack_flops(decoder, full, trace.past_length) + head
         parts["decoder"] = stack_flops(decoder, trace.decoder_lengths, trace.past_length) + head
         flops_dense += parts["decoder_dense"]
-        flops_pruned += parts["decoder"] + trace.scorer_flops
+        flops_pruned += parts["decoder"]
         kv_dense = stack_kv_bytes(decoder, full, trace.kv_element_bytes, trace.past_length)
         stored = [[max(lengths)] * len(lengths) for lengths in trace.decoder_lengths]    # short rows are filled up
         kv_pruned = stack_kv_bytes(decoder, stored, trace.kv_element_bytes, trace.past_length)

@@ -47,13 +47,14 @@ def methods_markdown() -> str:
 
 def families_markdown() -> str:
     """The table of model families, from the first line of each adapter file."""
-    rows = []
+    names: dict[str, list[str]] = {}
     for adapter in adapter_classes():
-        module = sys.modules[adapter.__module__]
-        first = (module.__doc__ or adapter.__doc__ or "").strip().splitlines()[0].rstrip(".")
-        label, colon, models = first.partition(": ")
-        rows.append((label if colon else adapter.name, models if colon else first, f"`adapters/{Path(str(module.__file__)).name}`"))
-    return _markdown(("family", "models", "file"), rows)
+        names.setdefault(adapter.__module__, []).append(f"`{adapter.name}`")
+    rows = []
+    for module, found in names.items():
+        covers = (sys.modules[module].__doc__ or "").strip().splitlines()[0].rstrip(".")
+        rows.append((", ".join(dict.fromkeys(found)), covers, f"`adapters/{module.rpartition('.')[2]}.py`"))
+    return _markdown(("family", "what it serves", "file"), rows)
 
 
 def inspect_model(name: str, trust_remote_code: bool = False) -> list[Any]:
@@ -104,9 +105,9 @@ def _token_counts(name: str, config: Any, trust_remote_code: bool) -> str:
         pass
     fixed = getattr(config, "image_seq_length", None)
     vision = getattr(config, "vision_config", None)
-    sides = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    if config.model_type in ("clip", "siglip") and all(isinstance(side, int) for side in sides):
-        return f"visual tokens of a picture in the tower: {(sides[0] // sides[1]) ** 2}"
+    side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    if config.model_type in ("clip", "siglip") and isinstance(side, int) and isinstance(patch, int):
+        return f"visual tokens of a picture in the tower: {(side // patch) ** 2}"
     if config.model_type == "llava" and isinstance(fixed, int):
         return f"visual tokens of a picture: {fixed}"
     return "visual tokens of a picture: not known without the processor; `handle.report()` says after a run"

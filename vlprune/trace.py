@@ -71,6 +71,8 @@ class Trace:
         decoder_lengths: (layers, rows) tokens that each decoder layer ran on, as nested lists; past tokens not counted.
         past_length: keys that were in the cache before this call.
         vision_tokens: (layers) tokens that each vision block ran on, summed over the batch.
+        vision_sequences: how many pictures these were. vision_dense: tokens that a block runs on when nothing is dropped inside the tower
+            (0: the same as in ``vision_tokens``), summed over the batch.
         shapes: widths and depths of the model, for the FLOPs count.
         scorer_flops: matrix-product FLOPs spent on scoring.
     """
@@ -81,6 +83,7 @@ class Trace:
     past_length: int = 0
     vision_tokens: list[int] = field(default_factory=list)
     vision_sequences: int = 0
+    vision_dense: int = 0
     shapes: dict[str, object] = field(default_factory=dict)
     scorer_flops: float = 0.0
     kv_element_bytes: int = 2

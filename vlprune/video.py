@@ -72,7 +72,8 @@ def read_video(path: str | Path, num_frames: int = 8) -> Clip:
         stamps = reader.get_frame_timestamp(range(total))[:, 0].astype(float)
     except Exception as error:      # decord raises its own and plain runtime errors, with C++ traces in the text
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise OptionError(f"decord cannot read the video file {str(file)!r}: {_plain(reason[0])}. Is it damaged, or in a codec that decord lacks (AV1)?") from error
+        hint = "Is it damaged, or in a codec that decord lacks (AV1)?"
+        raise OptionError(f"decord cannot read the video file {str(file)!r}: {_plain(reason[0])}. {hint}") from error
     if not indices or not pixels.size:
         raise OptionError(f"the video file {str(file)!r} has no frames")
     exact = bool(np.isfinite(stamps).all() and stamps[0] >= 0 and (np.diff(stamps) > 0).all())

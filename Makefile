@@ -1,0 +1,48 @@
+# Each target sets up all it needs. Only Python 3.10 to 3.13 with venv and make are taken for granted.
+PYTHON ?= python3
+VENV ?= .venv
+# Further packages to install without their dependencies, e.g. make venv NO_DEPS="timm open_clip_torch torchvision".
+NO_DEPS ?=
+# Hypothesis examples of make fuzz, and parallel test processes.
+N ?= 2000
+JOBS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: venv demo test lint fuzz bench tables clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(if $(strip $(NO_DEPS)),$(BIN)/python -m pip install --quiet --no-deps $(NO_DEPS))
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/vlprune demo $(ARGS)
+
+# One thread a process: two processes on two cores would only wait for each other's threads.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 VLPRUNE_FUZZ=$(N) $(BIN)/python -m pytest tests/test_fuzz.py -n $(JOBS) $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/vlprune bench $(ARGS)
+
+# Writes the generated tables and the cover picture of the README.
+tables: $(STAMP)
+	$(BIN)/python -m vlprune.tables README.md
+	$(BIN)/python -c "from vlprune.demo import cover; cover('docs/kept.png')"
+
+clean:
+	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
