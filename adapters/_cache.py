@@ -130,6 +130,24 @@ class PrunedLayer(CacheLayerMixin):
         self.keymap, self.pending = KeyMap(before, valid, length, dropped + (length - self.length)), None
         self.length = length
 
+    def edit(self, keep: Tensor) -> None:
+        """Keep only the entries ``keep`` (B, K), ascending, of the P that are stored; a growing cache in the model's own numbers."""
+        keys = self.stored_keys()
+        if keys is None or self.slots is not None:
+            raise UnsupportedCallError("only a growing, unquantized cache can be edited; use cache_implementation='dynamic'.")
+        batch, device = keep.shape[0], keys.device
+        if self.keymap is None:
+            before, valid = torch.arange(self.length, device=device).expand(batch, -1), None
+            dropped = torch.zeros(batch, dtype=torch.long, device=device)
+        else:
+            before, valid = self.keymap.positions(self.length)
+            dropped = self.keymap.dropped
+        places = keep[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        self.inner.keys = torch.gather(self.inner.keys, 2, places)
+        self.inner.values = torch.gather(self.inner.values, 2, places[..., :1].expand(-1, -1, -1, self.inner.values.shape[3]))
+        lost = keys.shape[2] - keep.shape[1]
+        self.keymap = KeyMap(torch.gather(before, 1, keep), None if valid is None else torch.gather(valid, 1, keep), self.length, dropped + lost)
+
     def get_seq_length(self) -> int:
         """Logical length: every token of the conversation counts."""
         return self.length

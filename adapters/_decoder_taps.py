@@ -41,10 +41,17 @@ class DecoderTaps:
                 continue
             layer = self.layers[tap.layer]
             if tap.kind in ROW_KINDS:
-                hooks.after(attention_of(layer), self._rows_hook(tap))
+                hooks.after(attention_of(layer), self._clocked(self._rows_hook(tap)))
             else:
-                hooks.after(attention_of(layer), self._transition_hook(tap, 0))
-                hooks.after(layer.mlp, self._transition_hook(tap, 3))  # type: ignore[arg-type]
+                hooks.after(attention_of(layer), self._clocked(self._transition_hook(tap, 0)))
+                hooks.after(layer.mlp, self._clocked(self._transition_hook(tap, 3)))  # type: ignore[arg-type]
+
+    def _clocked(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> None:
+            with self.pruner.timed():
+                hook(*args)
+
+        return timed
 
     def probe(self, session: Session, tap: Tap, group: list[ItemState], kwargs: dict[str, Any], entry: PrunedLayer | None, hidden: Tensor) -> Tensor:
         """(G, n) attention of a layer that has not run yet, from its own norm and projections on its input."""

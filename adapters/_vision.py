@@ -45,9 +45,10 @@ class VisionTaps:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             states = args[0] if args else kwargs["hidden_states"]
-            queries, keys, lengths = self.query_key(module, states, kwargs)
-            scale = _attention.scale_of(module, queries.shape[-1])
-            self.pruner.vision.update({tap: signal(tap, queries, keys, scale, lengths) for tap in taps})
+            with self.pruner.timed():
+                queries, keys, lengths = self.query_key(module, states, kwargs)
+                scale = _attention.scale_of(module, queries.shape[-1])
+                self.pruner.vision.update({tap: signal(tap, queries, keys, scale, lengths) for tap in taps})
 
         return hook
 

@@ -368,7 +368,7 @@ class VisionEngine:
             if padding:
                 cut = torch.gather(mask.expand(rows, -1), 1, index)
             else:
-                wide = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (rows, -1)) if mask.dim() == 3 else mask
+                wide = mask[None, None] if mask.dim() == 2 else mask.reshape(rows, -1, *mask.shape[1:]) if mask.dim() == 3 else mask
                 queries = index if wide.shape[2] == full else None
                 cut = _sequence.cut_mask(wide, rows=queries, columns=index, columns_valid=None, query_positions=None, backend="")
                 cut = cut.flatten(0, 1) if mask.dim() == 3 else cut

@@ -55,7 +55,7 @@ class ClipAdapter(TowerAdapter):
         return tower
 
     @cached_property
-    def blocks(self) -> list[nn.Module]:  # type: ignore[override]
+    def blocks(self) -> list[nn.Module]:
         """Blocks of the tower."""
         holder = getattr(self.tower, "encoder", self.tower)
         return list(getattr(holder, "layers", None) or holder.layer)  # type: ignore[arg-type]

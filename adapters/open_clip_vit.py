@@ -65,7 +65,7 @@ class OpenClipAdapter(TowerAdapter):
         return self.tower.conv1  # type: ignore[no-any-return]
 
     @cached_property
-    def taps(self) -> list[AttentionTap]:  # type: ignore[override]
+    def taps(self) -> list[AttentionTap]:
         """Fused projections, read behind the first norm: a hook on `nn.MultiheadAttention` would cost its fast path."""
         found = []
         for block in self.tower.transformer.resblocks:
@@ -83,7 +83,7 @@ class OpenClipAdapter(TowerAdapter):
         width, heads = int(self.tower.transformer.width), int(block.attn.num_heads)
         return TowerShape(len(self.blocks), width, heads, heads, width // heads, int(block.mlp.c_proj.in_features), gated=False)
 
-    def check(self) -> None:  # type: ignore[override]
+    def check(self) -> None:
         """Checkpointing replays the hooks in backward, when the call is over."""
         refuse_checkpointing(self.tower.transformer, "model.set_grad_checkpointing(False)")
 
@@ -102,9 +102,8 @@ class OpenClipAdapter(TowerAdapter):
         hooks.wrap(self.tower, "forward_intermediates", intermediates)
         pool = getattr(self.tower, "attn_pool", None)
         if isinstance(pool, nn.Module):
-            contrastive = getattr(self.tower, "attn_pool_contrastive", None)
-            reads_tokens = isinstance(contrastive, nn.Module) and getattr(self.tower, "attn_pool_type", "") == "parallel"
-            for module in (pool, contrastive) if reads_tokens else (pool,):
+            parallel = getattr(self.tower, "attn_pool_type", "") == "parallel"       # "cascade" pools what the first one returned
+            for module in (pool, self.tower.attn_pool_contrastive) if parallel else (pool,):
                 hooks.before(module, lambda module, args, kwargs: ((engine.survivors(args[0]), *args[1:]), kwargs))
         elif self.tower.pool_type == "avg":
             hooks.wrap(self.tower, "_global_pool", average)
@@ -134,7 +133,7 @@ def _query_key(attn: Any, states: Tensor) -> tuple[Tensor, Tensor]:
     width = attn.in_proj_weight.shape[1]
     bias = attn.in_proj_bias
     projected = F.linear(states, attn.in_proj_weight[: 2 * width], None if bias is None else bias[: 2 * width])
-    queries, keys = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in projected.chunk(2, dim=-1))
+    queries, keys = (part.reshape(*part.shape[:2], attn.num_heads, -1).transpose(1, 2) for part in projected.chunk(2, dim=-1))
     norm_q, norm_k = getattr(attn, "ln_q", None), getattr(attn, "ln_k", None)
     return (norm_q(queries) if norm_q is not None else queries), (norm_k(keys) if norm_k is not None else keys)
 

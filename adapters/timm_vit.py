@@ -69,11 +69,11 @@ class TimmVitAdapter(TowerAdapter):
         return getattr(self.tower.patch_embed, "proj", None)
 
     @cached_property
-    def taps(self) -> list[AttentionTap]:  # type: ignore[override]
+    def taps(self) -> list[AttentionTap]:
         """Blocks with one fused projection, with or without norms on queries and keys; not differential or parallel ones."""
         found = []
         for block in self.tower.blocks:
-            attn = getattr(block, "attn", None)
+            attn: Any = getattr(block, "attn", None)
             if not isinstance(getattr(attn, "qkv", None), nn.Module) or hasattr(attn, "lambda_init"):
                 return []
             found.append(AttentionTap(attn, partial(_query_key, attn), _attention.scale_of(attn, int(attn.head_dim))))
@@ -89,7 +89,7 @@ class TimmVitAdapter(TowerAdapter):
         hidden, gated = _mlp_width(mlp) if mlp is not None else (4 * width, False)
         return TowerShape(len(self.blocks), width, heads, heads, int(getattr(attn, "head_dim", width // heads)), hidden, gated=gated)
 
-    def check(self) -> None:  # type: ignore[override]
+    def check(self) -> None:
         """Checkpointing replays the hooks in backward, when the call is over."""
         refuse_checkpointing(self.tower, "model.set_grad_checkpointing(False)")
 

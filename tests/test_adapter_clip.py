@@ -380,7 +380,10 @@ def test_signals_are_those_of_the_model(name: str) -> None:
     assert keys.shape == (*late.seen[0].original.shape, 8)
 
 
-@pytest.mark.parametrize("name", ["timm_token", "timm_registers", "timm_map", "open_clip_clip", "open_clip_sequence_first", "open_clip_qk_norm", "open_clip_timm"])
+READABLE = ("timm_token", "timm_registers", "timm_map", "open_clip_clip", "open_clip_sequence_first", "open_clip_qk_norm", "open_clip_timm")
+
+
+@pytest.mark.parametrize("name", READABLE)
 def test_signals_elsewhere(name: str) -> None:
     """Against attention computed the long way, from what the block's first norm returned."""
     family = tower(name)
@@ -508,7 +511,10 @@ def test_timm_masks_and_patch_dropout() -> None:
         causal = model(pixels, is_causal=True)
         gone = gone_by_block(handle, family, 2)
     biases = [torch.zeros(2, 1, 37, 37).masked_fill(~allowed | columns[:, None, None, :], -1e9) for columns in gone]
-    hooks = [block.register_forward_pre_hook(lambda m, a, k, b=bias: (a, {"attn_mask": b}), with_kwargs=True) for block, bias in zip(model.blocks, biases, strict=True)]
+    hooks = [
+        block.register_forward_pre_hook(lambda m, a, k, b=bias: (a, {"attn_mask": b}), with_kwargs=True)
+        for block, bias in zip(model.blocks, biases, strict=True)
+    ]
     with torch.no_grad():
         reference = model(pixels)
     for hook in hooks:

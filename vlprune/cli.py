@@ -1,4 +1,4 @@
-"""The command line: ``vlprune demo``, ``vlprune methods``, ``vlprune inspect``."""
+"""The command line: ``vlprune demo``, ``vlprune methods``, ``vlprune inspect``, ``vlprune bench``."""
 
 from __future__ import annotations
 
@@ -118,6 +118,43 @@ def inspect(
 
         for part in inspect_model(model, trust_remote_code):
             console().print(part, highlight=False)
+
+
+@app.command()
+def bench(
+    methods: Annotated[str | None, typer.Option(help="Names with commas between; all if not given. dense and random always run.")] = None,
+    keep: Annotated[float, typer.Option(help="Share of visual tokens that stay.")] = 1 / 9,
+    shape: Annotated[str, typer.Option(help="A shape of vlprune.bench.SHAPES, such as cpu, tiny or llava-1.5-7b.")] = "cpu",
+    batch: Annotated[int, typer.Option(help="Prompts at a time.", min=1)] = 1,
+    rounds: Annotated[int, typer.Option(help="Counted runs of each method.", min=1)] = 5,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table here, with what it was measured on.")] = None,
+) -> None:
+    """Measure prefill, decode, scorer and cache of the methods against dense and random, in one run."""
+    with one_clear_line():
+        from vlprune import bench as job
+
+        names = [name.strip() for name in methods.split(",")] if methods else None
+        with Console(stderr=True).status("...") as status:
+            rows = job.run(names, keep, shape, batch, rounds, device=device, progress=lambda text: status.update(text))
+        table = Table(title=" ".join(f"{k}={v}" for k, v in job.environment(shape, batch, device).items()), title_justify="left", pad_edge=False)
+        head, _, *lines = job.markdown(rows).strip().splitlines()
+        for number, name in enumerate(_cells(head)):
+            table.add_column(name, justify="right" if number > 1 else "left")
+        for line in lines:
+            table.add_row(*_cells(line))
+        console().print(table)
+        if json is not None:
+            job.write_json(rows, json)
+        if markdown is not None:
+            facts = "\n".join(f"- {key}: {value}" for key, value in job.environment(shape, batch, device).items())
+            markdown.parent.mkdir(parents=True, exist_ok=True)
+            markdown.write_text(f"{job.markdown(rows)}\nMeasured on:\n\n{facts}\n")
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("| ").split("|")]
 
 
 def main() -> None:

@@ -296,7 +296,7 @@ def _paint(panel: _Panel, records: list[PointRecord], keys: list[_Key], side: in
             continue
         colour = np.array(_rgb(key.colour), dtype=np.float32)
         leaves = len(records) > 1 and number < len(keys) - 2                 # did not make it to the end: half dim
-        clear, tint = (0.5 * pixels + 0.5 * out, VEIL) if leaves else (pixels, TINT)
+        clear, tint = (0.38 * pixels + 0.62 * out, VEIL) if leaves else (pixels, TINT)
         out[inside] = ((1 - tint) * clear + tint * colour)[inside]
         if not leaves:
             seams = inside & _edges(cells, 1)

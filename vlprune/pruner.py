@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -146,7 +147,7 @@ class Session:
                 f"{self.pruner.method.name} works on {modality}s only, but the prompt holds {_article(first.item.modality)}. "
                 f"Choose a method for {first.item.modality}s (see `vlprune methods`)."
             )
-        with torch.no_grad():                           # choosing has no gradient; merging does
+        with torch.no_grad(), self.pruner.timed():      # choosing has no gradient; merging does
             found = self._select(stage, group, hidden, num_keep, collect)
         if found is None:
             return []
@@ -303,6 +304,8 @@ class Pruner:
         self.positions = positions
         self.modality = modality
         self.last_trace: Trace | None = None
+        self.clock: Callable[[], float] | None = None
+        self.clocked = 0.0
         self._local = threading.local()
 
     def stages(self, tower: str) -> dict[int, list[Stage]]:
@@ -321,6 +324,18 @@ class Pruner:
                 if tap.tower == tower and not stage.budget.is_everything:
                     first[tap] = min(first.get(tap, stage.point.layer), stage.point.layer)
         return first
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count the time spent choosing, while somebody measures (``clock`` is set); otherwise free."""
+        if self.clock is None:
+            yield
+            return
+        start = self.clock()
+        try:
+            yield
+        finally:
+            self.clocked += self.clock() - start
 
     @property
     def session(self) -> Session | None:

@@ -67,7 +67,8 @@ def run_dual(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
     """Image and text towers."""
     out = model(input_ids=IDS, pixel_values=pixels)
     vision = out.vision_model_output
-    return {"logits": out.logits_per_image, "embeds": out.image_embeds, "pooled": vision.pooler_output, "tokens.last": vision.last_hidden_state, "text": out.text_embeds}
+    found = {"logits": out.logits_per_image, "embeds": out.image_embeds, "text": out.text_embeds}
+    return {**found, "pooled": vision.pooler_output, "tokens.last": vision.last_hidden_state}
 
 
 def run_classifier(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
@@ -118,5 +119,8 @@ def families() -> tuple[TinyVit, ...]:
             pool=lambda model, tokens: {"logits": model.classifier(model.vision_model.post_layernorm(tokens).mean(dim=1))},
         ),
         family("vit", lambda: ViTModel(vit), run_tower, 1, blocks=lambda model: list(model.layers)),
-        family("vit_classifier", lambda: ViTForImageClassification(ViTConfig(**TOWER, **labels)), run_classifier, 1, blocks=lambda model: list(model.vit.layers)),
+        family(
+            "vit_classifier", lambda: ViTForImageClassification(ViTConfig(**TOWER, **labels)), run_classifier, 1,
+            blocks=lambda model: list(model.vit.layers),
+        ),
     )  # fmt: skip

@@ -82,14 +82,16 @@ def families() -> tuple[TinyVit, ...]:
         return {"features": pooled @ visual.proj, "again": pooled @ visual.proj, "queries": queries}
 
     def family(name: str, make: Any, **more: Any) -> TinyVit:
-        return TinyVit(f"open_clip_{name}", make, more.pop("run", run), more.pop("blocks", blocks), more.pop("mask", mask), more.pop("prefix", 1), missing=missing, **more)
+        parts = {"run": run, "blocks": blocks, "mask": mask, "prefix": 1, **more}
+        return TinyVit(f"open_clip_{name}", make, missing=missing, **parts)
 
     def siglip() -> nn.Module:
         import open_clip
         from timm.models.vision_transformer import VisionTransformer
 
         model = clip("CustomTextCLIP")()
-        trunk = VisionTransformer(SIDE, PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=0, global_pool="map", class_token=False, mlp_ratio=2.0)
+        sizes = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": 2.0, "num_classes": 0}
+        trunk = VisionTransformer(SIDE, PATCH, global_pool="map", class_token=False, **sizes)
         wrapper = open_clip.timm_model.TimmModel.__new__(open_clip.timm_model.TimmModel)
         nn.Module.__init__(wrapper)
         wrapper.trunk, wrapper.head, wrapper.image_size = trunk, nn.Linear(WIDTH, 16), (SIDE, SIDE)
