@@ -37,7 +37,7 @@ def project(attn: nn.Module, states: Tensor, which: str) -> Tensor:
     return heads.transpose(1, 2)
 
 
-def head_counts(attn: nn.Module, fused_width: int) -> tuple[int, int, int]:
+def head_counts(attn: Any, fused_width: int) -> tuple[int, int, int]:
     """Query heads, key-value heads and head width of a module with one fused projection."""
     heads = int(getattr(attn, "num_heads", 0) or attn.config.num_attention_heads)  # type: ignore[union-attr]
     head_dim = int(getattr(attn, "head_dim", 0) or fused_width // (3 * heads))
@@ -76,7 +76,8 @@ def attention_rows(attn: nn.Module, queries: Tensor, keys: Tensor, allowed: Tens
 
     Args:
         attn: the module, for its scale and soft cap.
-        queries: (G, H, T, d) rotated. keys: (G, Hkv, S, d) rotated.
+        queries: (G, H, T, d) rotated.
+        keys: (G, Hkv, S, d) rotated.
         allowed: (G, 1, T, S) bool or additive mask, or ``None``.
 
     Returns:
@@ -98,7 +99,8 @@ def column_mean(queries: Tensor, keys: Tensor, scale: float, lengths: list[int] 
     """Attention received: mean over heads and over all queries of the softmaxed attention, in chunks of query rows.
 
     Args:
-        queries: (B, H, S, d). keys: (B, H, S, d); full, bidirectional attention.
+        queries: (B, H, S, d); full, bidirectional attention.
+        keys: (B, H, S, d).
         scale: on the logits.
         lengths: for packed sequences (B = 1): lengths of the segments that attend to themselves only.
 
@@ -123,8 +125,10 @@ def mask_rows(mask: Any, slots: Tensor, rows: Tensor, past: int, num_keys: int, 
 
     Args:
         mask: what the layer got: (B, 1, Q, S) bool or additive, (B, S), or ``None`` (causal).
-        slots: (G, T) the queries' places among the layer's current tokens. rows: (G,) batch rows.
-        past: entries that were in the cache before. num_keys: past and current entries.
+        slots: (G, T) the queries' places among the layer's current tokens.
+        rows: (G,) batch rows.
+        past: entries that were in the cache before.
+        num_keys: past and current entries.
         key_valid: (B, S) false on filler entries, or ``None``.
         causal: what the module takes no mask to mean.
 

@@ -134,6 +134,12 @@ class VisionSession(Session):
         grid = None
         if self.grid is not None:
             grid = gather_tokens(self.grid.expand(self.original.shape[0], -1, -1), self.original)
+        missing = [tap for tap in stage.needs if tap not in self.signals]
+        if missing:
+            raise MissingSignalError(
+                f"{self.pruner.method.name} reads {missing[0]}, but that block's attention did not run through its module's hooks. Under torch.compile use a "
+                "method that reads no attention, or run the tower uncompiled."
+            )
         whole = self.original.shape[1] == self.num_original
         return ScoreInputs(
             tokens=hidden[:, self.prefix :],

@@ -61,7 +61,7 @@ class VisionLanguageAdapter(Adapter):
     vision_signals: ClassVar[frozenset[str]] = frozenset()
 
     @property
-    def core(self) -> nn.Module:
+    def core(self) -> Any:
         """The module that owns ``get_image_features`` and the decoder."""
         inner = getattr(self.model, "model", None)
         return inner if isinstance(inner, nn.Module) and hasattr(inner, "get_image_features") else self.model
@@ -270,7 +270,8 @@ class VisionLanguageAdapter(Adapter):
                 total += lengths[number]
                 number += 1
             ends.append(number - start)
-        sources, first = [], 0
+        sources: list[int] = []
+        first = 0
         for row in range(0, len(ends), copies):
             for _ in range(copies):
                 sources.extend(range(first, first + ends[row]))

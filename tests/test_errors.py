@@ -56,7 +56,7 @@ def test_count_above_the_tokens_there_are(model: nn.Module) -> None:
 
 
 def test_unknown_models() -> None:
-    with pytest.raises(errors.UnsupportedModelError, match="Known families: .*llava"):
+    with pytest.raises(errors.UnsupportedModelError, match=r"Known families: .*llava"):
         vlprune.apply(nn.Linear(2, 2), "random")
     with pytest.raises(errors.UnsupportedModelError, match="pipeline"):
         vlprune.apply("llava-hf/llava-1.5-7b-hf", "random")  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def test_a_signal_of_a_layer_that_has_not_run(model: nn.Module) -> None:
 def test_video_methods_say_so_on_images() -> None:
     family = families()["llava_next_video"]
     model = family.build()
-    with vlprune.apply(model, "evs"), torch.no_grad(), pytest.raises(errors.OptionError, match="videos only.*image"):
+    with vlprune.apply(model, "evs"), torch.no_grad(), pytest.raises(errors.OptionError, match=r"videos only.*image"):
         model(**family.prompt([[3, "image", 4]]))
 
 

@@ -77,8 +77,8 @@ def test_patch_labels_agree_with_objects(scenes):
 def expected(text: str, s: D.Scene) -> str:
     """The answer worked out anew from boxes and labels, with none of the generator's code."""
     words = text.removesuffix(" ?").split()
-    row = lambda o: int((o.box[1] + o.box[3]) / 2 * 3 // D.SIZE)  # noqa: E731
-    col = lambda o: int((o.box[0] + o.box[2]) / 2 * 3 // D.SIZE)  # noqa: E731
+    row = lambda o: int((o.box[1] + o.box[3]) / 2 * 3 // D.SIZE)
+    col = lambda o: int((o.box[0] + o.box[2]) / 2 * 3 // D.SIZE)
 
     def only(*names: str) -> D.SceneObject:
         fit = [o for o in s.objects if all(n in (str(o.digit), o.colour, o.place) for n in names if n != "digit")]

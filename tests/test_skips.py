@@ -13,7 +13,7 @@ from vlprune.reducers import Drop
 from vlprune.selectors import TopK
 
 EVERYTHING, NOTHING = (lambda visual: torch.ones_like(visual)), (lambda visual: torch.zeros_like(visual))
-TEXT_ONLY = lambda visual: ~visual  # noqa: E731
+TEXT_ONLY = lambda visual: ~visual
 
 
 @pytest.mark.parametrize("kv", ["full", "project_only", "active_only"])

@@ -28,7 +28,7 @@ class Adapter(ABC):
     priority: ClassVar[int] = 0
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model
 
     @classmethod
     @abstractmethod

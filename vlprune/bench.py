@@ -114,7 +114,7 @@ def prompt(shape: Shape, model: nn.Module, *, video: bool, batch: int, device: s
     """Random pictures between random words."""
     generator = torch.Generator().manual_seed(1)
     dtype = getattr(torch, shape.dtype)
-    size = model.config.vision_config.image_size
+    size = int(model.config.vision_config.image_size)  # type: ignore[union-attr, arg-type]
     head = torch.randint(10, 30000, (batch, shape.text // 2), generator=generator)
     tail = torch.randint(10, 30000, (batch, shape.text - shape.text // 2), generator=generator)
     count = 100 * (shape.visual // 100) if video else shape.visual
@@ -166,26 +166,26 @@ class Rig:
             return int(torch.cuda.max_memory_allocated() - before)
         with PeakMeter() as meter:
             self.model(**self.inputs, use_cache=True, logits_to_keep=1)
-        return meter.most
+        return int(meter.most)
 
 
-class PeakMeter(TorchDispatchMode):
+class PeakMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Most bytes of new tensors alive at a time, looked at after every operator; scratch memory inside one operator is not seen."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
-        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}  # type: ignore[no-untyped-call]
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in known:
-                    self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                    self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]
         self.most = max(self.most, sum(size for _, size in self.alive.values()))
         return out
 
@@ -278,8 +278,8 @@ def _measure(rig: Rig, cards: list[MethodCard], keep: float, rounds: int, progre
             Row(
                 card.name, keep if card.name != "dense" else 1.0, known["points"], dense_ms, mine, dense_ms / mine, ratio, dense_ms / mine / ratio,
                 scored, scored / dense_ms, dense_decode, statistics.median(decode[card.name]), known["stored"], expected, facts["dense"]["peak"], known["peak"],
-            )  # fmt: skip
-        )
+            )
+        )  # fmt: skip
     return result
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from vlprune.errors import NotFiniteError, OptionError
 from vlprune.method import PruningMethod, Stage
 from vlprune.protocols import Reduced, ScoreInputs, Selection, Tap, gather_tokens
-from vlprune.trace import PointRecord, Trace
 from vlprune.tokens import TokenLayout, VisualItem
+from vlprune.trace import PointRecord, Trace
 
 
 @dataclass
@@ -158,7 +158,9 @@ class Session:
         rows = torch.tensor([state.item.row for state in group]).to(hidden.device, non_blocking=True)
         return [(group, selection, stage.reducer(replace(inputs, tokens=hidden[rows[:, None], slots]), selection))]
 
-    def _select(self, stage: Stage, group: list[ItemState], hidden: Tensor, num_keep: int, collect: Collect) -> tuple[list[ItemState], ScoreInputs, Selection] | None:
+    def _select(
+        self, stage: Stage, group: list[ItemState], hidden: Tensor, num_keep: int, collect: Collect
+    ) -> tuple[list[ItemState], ScoreInputs, Selection] | None:
         inputs = self._inputs(stage, group, hidden, num_keep, collect)
         if stage.gate is not None:
             acts = stage.gate(inputs).tolist()      # the one host read of an adaptive method
@@ -169,7 +171,8 @@ class Session:
                 inputs = self._inputs(stage, group, hidden, num_keep, collect)
         scores = stage.scorer(inputs).float()
         if scores.shape != inputs.tokens.shape[:2]:
-            raise OptionError(f"scorer {type(stage.scorer).__name__} returned shape {tuple(scores.shape)}, expected {tuple(inputs.tokens.shape[:2])} (items, tokens)")
+            expected = tuple(inputs.tokens.shape[:2])
+            raise OptionError(f"scorer {type(stage.scorer).__name__} returned shape {tuple(scores.shape)}, expected {expected} (items, tokens)")
         self._check_finite(stage, scores)
         return group, inputs, stage.selector(scores, inputs)
 

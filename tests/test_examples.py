@@ -1,0 +1,84 @@
+"""The examples and the README run, and the README's tables are up to date."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vlprune
+from vlprune import loading, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = {
+    "quickstart": ([], ["visual tokens before, 64 after", "prefill FLOPs", "what stayed"]),
+    "video_question": ([], ["16 frames; read [2, 6, 10, 14] at ['0.25 s', '0.75 s', '1.25 s', '1.75 s']", "answer 4:", "1024", "256"]),
+    "clip_zero_shot": ([], ["vision:3", "64", "32"]),
+    "write_a_scorer": ([], ["contrast", "llm:2"]),
+    "compare_methods": (["2", "0.25"], [*vlprune.list_methods()[:3], "hiprune", "256 -> 64"]),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs as a script in an empty folder and prints what it promises."""
+    arguments, wanted = EXAMPLES[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    before = vlprune.list_methods()
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    for part in wanted:
+        assert part in printed
+    assert vlprune.list_methods() == before
+    for path in re.findall(r"what stayed: (\S+)", printed):
+        with Image.open(path) as picture:
+            assert picture.width > 200
+
+
+def test_every_example_is_tested() -> None:
+    """The training script has tests of its own."""
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} - {"train_tiny_vlm"} == set(EXAMPLES)
+
+
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its Python block, as it stands, with a picture called photo.jpg; on a stand-in where the trained weights are missing."""
+    if not (loading.ASSETS / "model.safetensors").exists():
+        stand_in = loading._stand_in()
+        stand_in.model.save_pretrained(tmp_path / "model")
+        stand_in.processor.save_pretrained(tmp_path / "model")
+        monkeypatch.setattr(loading, "ASSETS", tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8)).save("photo.jpg")
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block
+    exec(compile(block[1], "README.md", "exec"), {})
+    assert "before_llm 256 -> 64" in capsys.readouterr().out
+
+
+def test_the_readme_is_fresh() -> None:
+    """`python -m vlprune.tables README.md` would change nothing."""
+    assert tables.main([str(ROOT / "README.md"), "--check"]) == 0, "run: python -m vlprune.tables README.md"
+
+
+def test_a_stale_table_is_found(tmp_path: Path) -> None:
+    """And made anew."""
+    stale = tmp_path / "README.md"
+    stale.write_text((ROOT / "README.md").read_text().replace("| `hiprune` |", "| `hipruned` |"))
+    assert tables.main([str(stale), "--check"]) == 1
+    assert tables.main([str(stale)]) == 0
+    assert stale.read_text() == (ROOT / "README.md").read_text()
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    """Links and pictures in README and CONTRIBUTING; the cover is small."""
+    for document in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text()):
+            if not target.startswith("http"):
+                assert (ROOT / target).exists(), f"{document} links to {target}"
+    assert (ROOT / "docs" / "kept.png").stat().st_size < 300_000
