@@ -49,8 +49,18 @@ class VisionTaps:
                 queries, keys, lengths = self.query_key(module, states, kwargs)
                 scale = _attention.scale_of(module, queries.shape[-1])
                 self.pruner.vision.update({tap: signal(tap, queries, keys, scale, lengths) for tap in taps})
+            self.pruner.vision["flops"] = self.pruner.vision.get("flops", 0.0) + self._flops(taps, states, queries, lengths)
 
         return hook
+
+
+    @staticmethod
+    def _flops(taps: list[Tap], states: Tensor, queries: Tensor, lengths: list[int] | None) -> float:
+        """Matrix products of one look: queries and keys anew, and their products."""
+        batch, heads, tokens, width = queries.shape
+        pairs = batch * tokens**2 if lengths is None else sum(length**2 for length in lengths)
+        rows = sum(2.0 * heads * width * (pairs if tap.kind == "column_mean" else batch * tokens) for tap in taps if tap.kind != "vision_keys")
+        return 4.0 * batch * tokens * states.shape[-1] * heads * width + rows
 
 
 def signal(tap: Tap, queries: Tensor, keys: Tensor, scale: float, lengths: list[int] | None) -> Tensor:

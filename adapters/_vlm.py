@@ -37,6 +37,7 @@ class Features:
         signals: for each tap a list with one (N,) or (N, C) tensor for each item.
         patches: tokens that every vision block ran on; 0 if not known.
         segments: sequences among them, each attending to itself only.
+        scorer_flops: spent on the signals.
     """
 
     lengths: list[int]
@@ -44,6 +45,7 @@ class Features:
     signals: dict[Tap, list[Tensor]] = field(default_factory=dict)
     patches: int = 0
     segments: int = 0
+    scorer_flops: float = 0.0
 
 
 @dataclass
@@ -160,6 +162,7 @@ class VisionLanguageAdapter(Adapter):
             output = original(*args, **kwargs)
             arguments = inspect.signature(original).bind(*args, **kwargs).arguments
             found = self.features_of(modality, output, dict(arguments), self.pruner.vision)
+            found.scorer_flops = float(self.pruner.vision.get("flops", 0.0))
             self.pruner.vision = {}
             if hasattr(output, "pooler_output"):
                 output.vlprune_features = found                  # rides on the output object: generate may encode ahead of the forward
@@ -236,6 +239,7 @@ class VisionLanguageAdapter(Adapter):
         towers = [found for _, found in call.features.values()]
         session.trace.vision_tokens = [sum(found.patches for found in towers)] * self.facts.vision_layers
         session.trace.vision_sequences = sum(found.segments for found in towers)
+        session.trace.scorer_flops = sum(found.scorer_flops for found in towers)
         pruner.session = session
 
     def _items(self, modality: str, mask: Tensor, output: Any, found: Features) -> list[tuple[VisualItem, Features, int]]:

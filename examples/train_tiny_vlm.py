@@ -323,8 +323,12 @@ def new_model(processor):
     return model
 
 
-# Questions that only need one digit to be found come more often: the others build on what these teach.
-SHARE = {"sum": 0.5, "count": 0.6, "neighbour": 0.7, "exists": 0.5, "largest": 0.7, "digit_at": 1.5, "colour_at": 1.5}
+# How readily a kind is asked, early and late (from 0.8 of the phase with few picture tokens on): first the kinds that need only one
+# digit to be found, which the others build on, then the kinds that are hard.
+SHARE = (
+    {"sum": 0.5, "count": 0.6, "neighbour": 0.7, "exists": 0.5, "largest": 0.7, "digit_at": 1.5, "colour_at": 1.5},
+    {"sum": 1.8, "count": 4.0, "count_colour": 2.0, "neighbour": 1.5, "exists": 0.6, "largest": 4.0},
+)
 HEAD = (1, 5)  # ids of <s> and USER:
 PREFIX = len(HEAD) + D.GRID**2
 
@@ -420,7 +424,7 @@ class QuestionBatches:
     """Makes packed training batches; a class so that a worker process can take it along."""
 
     def __init__(self, tokenizer, room: int = 224, patches: int = 88) -> None:
-        self.room, self.patches, self.eos = room, patches, tokenizer.eos_token_id
+        self.room, self.patches, self.eos, self.late = room, patches, tokenizer.eos_token_id, False
         self.table = tokenizer.get_vocab()
 
     def words(self, question) -> tuple[list[int], int]:
@@ -432,7 +436,7 @@ class QuestionBatches:
             rng = np.random.default_rng((5, i))
             s = D.scene("train", 10_000_000 + i, digits=(2, 6) if i % 3 == 0 else None, warp=1.2)
             images.append(s.image)
-            asked = [self.words(q) for q in choose_questions(D.questions(s), rng, SHARE)]
+            asked = [self.words(q) for q in choose_questions(D.questions(s), rng, SHARE[self.late])]
             packed.append((*pack(asked, self.eos, self.room), choose_patches(s.patch_object >= 0, self.patches, rng)))
         return torch.from_numpy(np.stack(images)), [torch.from_numpy(np.stack(x)).long() for x in zip(*packed)]
 
@@ -477,6 +481,7 @@ def train_questions(team: Team, folder: Path, minutes: float, batch: int, lr: fl
                         spent=time.time() - start, settings=settings), path)  # fmt: skip
 
     while fraction < 1.0:
+        make.late = fraction >= 0.8 * few_until
         images, (ids, targets, owner, kept) = make(team.share(step, batch))
         with torch.no_grad():
             features = tower_features(tower, to_pixels(images))

@@ -115,8 +115,8 @@ def test_keep_one_is_the_untouched_model(method: str, family: str, attention: st
             assert indices.dtype == torch.int64
             assert bool((indices.diff() > 0).all())
     if method != "dense" and not card.adaptive:
-        total = [item.num_tokens for item in report.points[0].items]
-        assert report.points[-1].visual_kept == sum(handle.method.stages[-1].budget.num_keep(n) for n in total)
+        budget, items = handle.method.stages[-1].budget, report.points[0].items
+        assert report.points[-1].visual_kept == sum(budget.num_keep(item.num_tokens, item.num_frames) for item in items)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

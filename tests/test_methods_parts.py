@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vlprune.errors import OptionError
 from vlprune.kernels import RULES, greedy_select
 from vlprune.method import ModelFacts
-from vlprune.methods.evs import evs, evs_count
+from vlprune.methods.evs import evs
 from vlprune.methods.fastv import fastv
 from vlprune.methods.hiprune import hiprune
 from vlprune.methods.todre import todre
@@ -540,7 +540,9 @@ def test_temporal_dissimilarity_with_separators_and_missing_cells():
 def test_evs_keeps_the_first_frame_first_and_breaks_ties_early():
     inputs = video(torch.ones(1, 12, 3), 3, 2, 2, 6)
     assert choose(evs(CLIP).stages[0], inputs).keep_indices.tolist() == [[0, 1, 2, 3, 4, 5]]
-    assert [evs_count(*case) for case in ((196, 8, 0.5), (196, 8, 0.9), (64, 3, 0.7))] == [784, 196, 64]
+    cases = ((196, 8, 0.5), (196, 8, 0.9), (64, 3, 0.7))
+    counts = [evs(CLIP, 1 - q).stages[0].budget.num_keep(size * frames, frames) for size, frames, q in cases]
+    assert counts == [784, 196, 64]
 
 
 def test_evs_without_a_grid_says_so():

@@ -21,6 +21,7 @@ class Budget:
     keep: Keep
     rounding: str = "round"
     allow_zero: bool = False
+    at_least_one_frame: bool = False
 
     def __post_init__(self) -> None:
         keep = self.keep
@@ -43,8 +44,8 @@ class Budget:
         """Whether this budget keeps every token whatever their number (``keep=1.0``)."""
         return isinstance(self.keep, float) and self.keep == 1.0
 
-    def num_keep(self, num_tokens: int) -> int:
-        """Return how many of ``num_tokens`` stay, between 1 (0 if allowed) and ``num_tokens``."""
+    def num_keep(self, num_tokens: int, num_frames: int = 1) -> int:
+        """Return how many of an item's ``num_tokens`` in ``num_frames`` stay, between 1 (0 if allowed) and ``num_tokens``."""
         if isinstance(self.keep, int) and self.keep > 0:
             if self.keep > num_tokens:
                 raise OptionError(
@@ -54,4 +55,5 @@ class Budget:
             return self.keep
         exact = self.keep * num_tokens
         wanted = int(exact) if self.rounding == "floor" else round(exact)
-        return min(num_tokens, max(0 if self.allow_zero else min(1, num_tokens), wanted))
+        fewest = num_tokens // num_frames if self.at_least_one_frame else 0 if self.allow_zero else 1
+        return min(num_tokens, max(fewest, wanted))

@@ -117,7 +117,7 @@ class Session:
         """Items that can be scored in one call: same current and original size, same modality, both with or without grid."""
         found: dict[Any, list[ItemState]] = defaultdict(list)
         for state in self.items:
-            key = (state.slots.numel(), state.item.num_tokens, state.item.modality, state.item.grid is None, state.sizes is None)
+            key = (state.slots.numel(), state.item.num_tokens, state.item.num_frames, state.item.modality, state.item.grid is None, state.sizes is None)
             found[key].append(state)
         return list(found.values())
 
@@ -138,7 +138,7 @@ class Session:
     def _choose(self, stage: Stage, group: list[ItemState], hidden: Tensor, collect: Collect) -> list[tuple[list[ItemState], Selection, Reduced]]:
         first = group[0]
         current, total = first.slots.numel(), first.item.num_tokens
-        num_keep = min(current, stage.budget.num_keep(total))
+        num_keep = min(current, stage.budget.num_keep(total, first.item.num_frames))
         if current == 0 or num_keep == current:
             return []
         modality = self.pruner.modality

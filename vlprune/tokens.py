@@ -32,6 +32,11 @@ class VisualItem:
         """N, before any reduction."""
         return int(self.positions.numel())
 
+    @property
+    def num_frames(self) -> int:
+        """Frames of a video; 1 for an image or where no grid is known."""
+        return 1 if self.grid is None or self.modality != "video" else int(self.grid[:, 0].max()) + 1
+
 
 @dataclass
 class TokenLayout:

@@ -11,10 +11,8 @@ the largest distances of the whole video stay. The paper's form (L1 distance of 
 model does not see; it is not offered.
 
 Differences:
-- The program never keeps fewer tokens than one frame has (`evs_count`). A budget knows the share and the total only,
-  so here ``keep`` is taken at its word: below one frame's worth, the first tokens of the first frame stay. Ask for
-  more than that.
-- Exactly ``keep`` tokens per video stay also when ``keep`` is a number.
+- A share below one frame's worth keeps one frame's worth, as the program does; a number is taken at its word, and
+  below one frame's worth the first tokens of the first frame stay.
 - Kept tokens keep their (M-)RoPE positions, as in vLLM.
 """
 
@@ -28,19 +26,14 @@ from vlprune.scorers import TemporalDissimilarity
 from vlprune.selectors import TopK
 
 
-def evs_count(tokens_per_frame: int, num_frames: int, q: float) -> int:
-    """How many tokens of a video the program keeps at pruning rate ``q``: at least one frame's worth."""
-    return max(tokens_per_frame, int(tokens_per_frame * num_frames * (1 - q)))
-
-
 def evs(facts: ModelFacts, keep: Keep = 0.5) -> PruningMethod:
     """Keep what changed between frames, before the language model.
 
     Args:
         facts: of the model (unused).
-        keep: share or number of visual tokens per whole video; at least one frame's worth makes sense.
+        keep: share of the visual tokens of a whole video, at least one frame's worth; or their number.
     """
-    stage = Stage(BeforeLLM(), TemporalDissimilarity(), TopK(stable=True), Drop(), Budget(keep, rounding="floor"))
+    stage = Stage(BeforeLLM(), TemporalDissimilarity(), TopK(stable=True), Drop(), Budget(keep, "floor", at_least_one_frame=True))
     return PruningMethod("evs", (stage,))
 
 

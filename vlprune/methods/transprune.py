@@ -56,9 +56,9 @@ class EarlierStage(Budget):
     share: float = 1.0
     last_share: float = 0.125
 
-    def num_keep(self, num_tokens: int) -> int:
+    def num_keep(self, num_tokens: int, num_frames: int = 1) -> int:
         """Return how many of ``num_tokens`` stay; never fewer than the last stage needs."""
-        last = super().num_keep(num_tokens)
+        last = super().num_keep(num_tokens, num_frames)
         return max(last, int(num_tokens * scaled_share(self.share, self.last_share, last / num_tokens)))
 
 

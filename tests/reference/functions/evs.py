@@ -6,23 +6,21 @@ import torch
 from golden_case import Case, differ, grid_of, run_stage
 
 from vlprune.method import ModelFacts
-from vlprune.methods.evs import evs, evs_count
+from vlprune.methods.evs import evs
 
 
 def check(case: Case) -> str:
     """Counts, or scorer and selector at the program's count."""
     if "in.tpf_frames" in case:
         sizes = case["in.tpf_frames"].tolist()
-        counts = [evs_count(size, frames, q) for (size, frames), q in zip(sizes, case.hyper["q"], strict=True)]
+        budgets = [evs(ModelFacts(), 1 - q).stages[0].budget for q in case.hyper["q"]]
+        counts = [budget.num_keep(size * frames, frames) for budget, (size, frames) in zip(budgets, sizes, strict=True)]
         return differ("out.count", torch.tensor(counts), case["out.count"])
     merge = case.hyper["spatial_merge_size"]
     frames, height, width = case["in.thw"].tolist()
     grid = grid_of(frames, height // merge, width // merge)
-    count = evs_count(grid.shape[1] // frames, frames, case.hyper["q"])
     stage = evs(ModelFacts(), 1 - case.hyper["q"]).stages[0]
-    share = stage.budget.num_keep(grid.shape[1])
-    if max(grid.shape[1] // frames, share) != count:
-        return f"the method's budget keeps {share}, the program's rule {count}"
+    count = stage.budget.num_keep(grid.shape[1], frames)
     kept = run_stage(
         stage, (), tokens=case["in.video_embeds"][None], grid=grid, num_keep=count, modality="video"
     ).keep_indices[0]
