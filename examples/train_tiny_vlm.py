@@ -146,9 +146,9 @@ def optimisers(modules: list[nn.Module], lr: float) -> list[torch.optim.Optimize
     return [Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def schedule(fraction: float, step: int, warm: int = 60) -> float:
-    """Learning-rate factor: short linear rise, then a cosine to nearly zero at the end of the time budget."""
-    return min(1.0, (step + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, fraction))))
+def schedule(fraction: float, step: int, warm: int = 60, decay_from: float = 0.75) -> float:
+    """Learning-rate factor: short rise, constant, then straight down to nearly zero at the end of the time budget."""
+    return min(1.0, (step + 1) / warm, max(0.02, (1 - fraction) / (1 - decay_from)))
 
 
 class TowerHeads(nn.Module):
@@ -323,12 +323,15 @@ def new_model(processor):
     return model
 
 
-# How readily a kind is asked, early and late (from 0.8 of the phase with few picture tokens on): first the kinds that need only one
-# digit to be found, which the others build on, then the kinds that are hard.
+# How readily a kind is asked, early and late (late begins at 0.8 of the phase with few picture tokens): first the
+# kinds that need only one digit to be found, which the others build on, then mostly the kinds that are hard.
+EASY = ("digit_at", "digit_of_colour", "colour_at", "colour_of_digit", "place_of_digit", "place_of_colour", "exists")
 SHARE = (
     {"sum": 0.5, "count": 0.6, "neighbour": 0.7, "exists": 0.5, "largest": 0.7, "digit_at": 1.5, "colour_at": 1.5},
-    {"sum": 1.8, "count": 4.0, "count_colour": 2.0, "neighbour": 1.5, "exists": 0.6, "largest": 4.0},
+    {"sum": 1.5, "count": 9.0, "count_colour": 5.0, "largest": 3.0, **dict.fromkeys(EASY, 0.5)},
 )
+MOST = {"sum": 9}  # questions of a kind for one picture, 4 for the kinds not named
+WEIGHT = {"count": 4.0, "count_colour": 2.0}  # in the loss, for kinds that a picture can be asked only a few times
 HEAD = (1, 5)  # ids of <s> and USER:
 PREFIX = len(HEAD) + D.GRID**2
 
@@ -404,7 +407,7 @@ def choose_patches(ink: np.ndarray, number: int, rng: np.random.Generator) -> np
 
 
 def choose_questions(found: list, rng: np.random.Generator, share: dict[str, float]) -> list:
-    """Random order that mixes kinds: up to four of a kind, zero counts and "no" not more often than the others."""
+    """Random order that mixes kinds: zero counts and "no" not more often than the others."""
     by_kind: dict[str, list] = {}
     for i in rng.permutation(len(found)):
         by_kind.setdefault(found[i].kind, []).append(found[i])
@@ -415,8 +418,8 @@ def choose_questions(found: list, rng: np.random.Generator, share: dict[str, flo
         elif kind == "count_colour":
             some = [q for q in members if q.answer != "0"]
             members = sorted(some, key=lambda q: -int(q.answer))[:2] + [q for q in members if q.answer == "0"][:1]
-        for place, q in enumerate(members[:4]):
-            picked.append((rng.random() * 0.8**place * share.get(kind, 1.0), q))
+        for place, q in enumerate(members[: MOST.get(kind, 4)]):
+            picked.append((rng.random() * 0.9**place * share.get(kind, 1.0), q))
     return [q for _, q in sorted(picked, key=lambda pair: -pair[0])]
 
 
@@ -437,7 +440,7 @@ class QuestionBatches:
             s = D.scene("train", 10_000_000 + i, digits=(2, 6) if i % 3 == 0 else None, warp=1.2)
             images.append(s.image)
             asked = [self.words(q) for q in choose_questions(D.questions(s), rng, SHARE[self.late])]
-            packed.append((*pack(asked, self.eos, self.room), choose_patches(s.patch_object >= 0, self.patches, rng)))
+            packed.append((*pack(asked, self.eos, self.room, weights), choose_patches(s.patch_object >= 0, self.patches, rng)))
         return torch.from_numpy(np.stack(images)), [torch.from_numpy(np.stack(x)).long() for x in zip(*packed)]
 
 

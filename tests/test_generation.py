@@ -328,3 +328,28 @@ def test_renumbering_equals_a_physically_shorter_prompt() -> None:
         hook.remove()
         short = model.model.language_model(inputs_embeds=seen["inputs_embeds"][:, stays]).last_hidden_state
         torch.testing.assert_close(pruned[:, stays], model.lm_head(short), rtol=1e-4, atol=1e-4)
+
+
+def test_several_methods_together() -> None:
+    """Stages of several methods act in the order of their points; budgets are shares of the original number."""
+    family, model = tiny()
+    prompt = family.prompt(ROWS)
+    with vlprune.apply(model, ["hiprune", "fastv"], keep=0.5, fastv={"layer": 3}) as handle:
+        out = generate(model, prompt)
+        points = handle.report().points
+        hidden = hidden_columns(handle.trace, 4)
+        assert [(record.point, record.visual_kept) for record in points] == [("before_llm", 54), ("llm:3", 54)]
+    with vlprune.apply(model, vlprune.PruningMethod("both", (*_stages(model, "hiprune", 0.5), *_stages(model, "fastv", 0.25)))) as handle:
+        out = generate(model, prompt)
+        assert [record.visual_kept for record in handle.report().points] == [54, 27]
+        hidden = hidden_columns(handle.trace, 4)
+    length = prompt["input_ids"].shape[1]
+    mask = torch.cat([prompt["attention_mask"], torch.ones(2, 5, dtype=torch.long)], dim=1)
+    reference = masked_run(model, prompt, hidden, out.sequences[:, length:-1], position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    torch.testing.assert_close(torch.stack(out.logits, 1), reference[:, length - 1 :], rtol=1e-4, atol=2e-4)
+
+
+def _stages(model: Any, name: str, keep: float) -> tuple[vlprune.Stage, ...]:
+    from vlprune.adapter import find_adapter
+
+    return vlprune.get_method(name).build(find_adapter(model).facts, keep).stages
