@@ -424,7 +424,7 @@ def choose_questions(found: list, rng: np.random.Generator, share: dict[str, flo
 
 
 class QuestionBatches:
-    """Makes packed training batches; a class so that a worker process can take it along."""
+    """Makes packed training batches: pictures, and token ids, targets, owners, kept patches and loss weights."""
 
     def __init__(self, tokenizer, room: int = 224, patches: int = 88) -> None:
         self.room, self.patches, self.eos, self.late = room, patches, tokenizer.eos_token_id, False
@@ -439,9 +439,13 @@ class QuestionBatches:
             rng = np.random.default_rng((5, i))
             s = D.scene("train", 10_000_000 + i, digits=(2, 6) if i % 3 == 0 else None, warp=1.2)
             images.append(s.image)
-            asked = [self.words(q) for q in choose_questions(D.questions(s), rng, SHARE[self.late])]
-            packed.append((*pack(asked, self.eos, self.room, weights), choose_patches(s.patch_object >= 0, self.patches, rng)))
-        return torch.from_numpy(np.stack(images)), [torch.from_numpy(np.stack(x)).long() for x in zip(*packed)]
+            asked = choose_questions(D.questions(s), rng, SHARE[self.late])
+            ids, targets, owner = pack([self.words(q) for q in asked], self.eos, self.room)
+            weights = np.array([0.0] + [WEIGHT.get(q.kind, 1.0) for q in asked])[np.maximum(owner, 0)]
+            patches = choose_patches(s.patch_object >= 0, self.patches, rng)
+            packed.append((ids, targets, owner, patches, weights))
+        ids, targets, owner, patches, weights = (torch.from_numpy(np.stack(x)) for x in zip(*packed, strict=True))
+        return torch.from_numpy(np.stack(images)), (ids, targets, owner, patches, weights.float())
 
 
 def train_questions(team: Team, folder: Path, minutes: float, batch: int, lr: float, few_until: float) -> None:
@@ -485,12 +489,15 @@ def train_questions(team: Team, folder: Path, minutes: float, batch: int, lr: fl
 
     while fraction < 1.0:
         make.late = fraction >= 0.8 * few_until
-        images, (ids, targets, owner, kept) = make(team.share(step, batch))
+        images, (ids, targets, owner, kept, weights) = make(team.share(step, batch))
         with torch.no_grad():
             features = tower_features(tower, to_pixels(images))
         # Fewer background tokens make the first part faster; the rest of the training shows every token.
         kept = kept if fraction < few_until else None
-        loss = F.cross_entropy(packed_logits(model, features, ids, owner, kept).flatten(0, 1), targets.flatten())
+        logits = packed_logits(model, features, ids, owner, kept).flatten(0, 1)
+        losses_of = F.cross_entropy(logits, targets.flatten(), reduction="none")
+        weights = weights.flatten() * (targets.flatten() != -100)
+        loss = (losses_of * weights).sum() / weights.sum()
         loss.backward()
         mean_loss, fraction = team.average(parameters, [loss.item(), (time.time() - start) / (60 * minutes)])
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -27,7 +27,7 @@ print(f"{clip.path.name}: {clip.num_frames} frames; read {clip.indices} at {clip
 if loaded.embedded:                                     # it knows single pictures: each frame is asked by itself, in one batch
     inputs = loaded.batch(question, clip.frames)
 else:                                                   # a video where the model takes one, else several images in one prompt
-    inputs = loaded.inputs(question, clip.frames, video=loaded.takes_video)
+    inputs = loaded.inputs(question, clip.frames, video=loaded.takes_video, clip=clip)
 
 with vlprune.apply(loaded.model, "hiprune", keep=0.25) as handle:
     for number, answer in enumerate(loaded.answers(inputs, max_new_tokens=4)):

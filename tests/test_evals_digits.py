@@ -153,7 +153,7 @@ def test_packed_questions_equal_single_questions():
     processor = T.build_processor()
     model = T.new_model(processor).eval()
     make = T.QuestionBatches(processor.tokenizer)
-    images, (ids, targets, owner, kept) = make(range(1))
+    images, (ids, targets, owner, kept, weights) = make(range(1))
     s = T.D.scene("train", 10_000_000, digits=(2, 6), warp=1.2)
     assert np.array_equal(images[0].numpy(), s.image)
     with torch.no_grad():
@@ -170,6 +170,7 @@ def test_packed_questions_equal_single_questions():
             assert asked[-2] == ids[0][here][-1]
         every = torch.arange(D.GRID**2)[None]
         assert torch.allclose(T.packed_logits(model, features, ids, owner, every)[0], packed, atol=1e-5)
+    assert ((weights > 0) == (owner > 0)).all()
     assert kept.shape == (1, make.patches) and set(np.flatnonzero(s.patch_object >= 0)) <= set(kept[0].tolist())
 
 

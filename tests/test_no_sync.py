@@ -30,7 +30,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        masks = [t for t in tree_leaves(args[1:]) if isinstance(t, torch.Tensor) and t.dtype == torch.bool] if name.startswith("index") else []
+        masks = [t for t in tree_leaves(args[1:2]) if isinstance(t, torch.Tensor) and t.dtype == torch.bool] if name.startswith("index") else []
         if not self.paused and (name in READS or masks):
             self.found.append(name)
         return func(*args, **(kwargs or {}))

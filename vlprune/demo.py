@@ -174,7 +174,7 @@ def run_custom(
             as_video = loaded.takes_video
             if not as_video:
                 console.print(f"This model or its processor takes no videos: the {len(clip.frames)} frames are given as {len(clip.frames)} images.")
-            inputs = loaded.inputs(question, clip.frames, video=as_video)
+            inputs = loaded.inputs(question, clip.frames, video=as_video, clip=clip)
             outcome = compare(loaded, inputs, question, method, keep, max_new_tokens)
             _draw(outcome, loaded, inputs, clip.frames, where, captions=clip.captions)
             console.print(table_of([outcome], title))
@@ -349,6 +349,6 @@ def cover(path: Path) -> Path:
             loaded.answers(inputs, 4)
             report = handle.report()
         first = not drawn
-        drawn.append(draw_kept(scene.pil(), report, size=312, original=first, title=f"{names}, {report.points[0].visual_before} -> {keep} tokens"))
+        drawn.append(draw_kept(scene.pil(), report, size=288, original=first, title=f"{names}, {report.points[0].visual_before} -> {keep} tokens"))
     side_by_side(drawn, gap=0).save(path, optimize=True)
     return path

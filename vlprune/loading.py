@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vlprune.errors import OptionError, UnsupportedModelError, VlpruneError
+from vlprune.video import Clip
 
 ASSETS = Path(__file__).parent / "assets" / "tiny_vlm"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -42,12 +43,22 @@ class Loaded:
         known = getattr(config, "video_token_id", None) or getattr(config, "video_token_index", None)
         return known is not None and getattr(self.processor, "video_processor", None) is not None
 
-    def inputs(self, question: str, pictures: Sequence[Any], *, video: bool = False) -> dict[str, Any]:
-        """Model inputs for one question about all pictures together, on the model's device."""
+    def inputs(self, question: str, pictures: Sequence[Any], *, video: bool = False, clip: Clip | None = None) -> dict[str, Any]:
+        """Model inputs for one question about all pictures together, on the model's device.
+
+        Args:
+            question: the text.
+            pictures: images, or the frames of a video.
+            video: give the pictures as one video.
+            clip: where the frames come from; models that know time are told theirs.
+        """
         arguments: dict[str, Any] = {"text": [self.prompt(question, len(pictures), video)], "return_tensors": "pt", "padding": True}
         if video:
             arguments["videos"] = [list(pictures)]
             arguments["videos_kwargs"] = {"do_sample_frames": False}
+            if clip is not None:
+                known = {"fps": clip.fps, "total_num_frames": clip.num_frames, "frames_indices": clip.indices, "duration": clip.num_frames / clip.fps}
+                arguments["videos_kwargs"]["video_metadata"] = [known]
         else:
             arguments["images"] = list(pictures)
         return self._placed(self.processor(**arguments))
