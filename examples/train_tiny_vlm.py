@@ -328,7 +328,7 @@ def new_model(processor):
 EASY = ("digit_at", "digit_of_colour", "colour_at", "colour_of_digit", "place_of_digit", "place_of_colour", "exists")
 SHARE = (
     {"sum": 0.5, "count": 0.6, "neighbour": 0.7, "exists": 0.5, "largest": 0.7, "digit_at": 1.5, "colour_at": 1.5},
-    {"sum": 1.5, "count": 9.0, "count_colour": 5.0, "largest": 3.0, **dict.fromkeys(EASY, 0.5)},
+    {"sum": 2.0, "count": 9.0, "count_colour": 5.0, "largest": 3.0, **dict.fromkeys(EASY, 0.3)},
 )
 MOST = {"sum": 9}  # questions of a kind for one picture, 4 for the kinds not named
 WEIGHT = {"count": 4.0, "count_colour": 2.0}  # in the loss, for kinds that a picture can be asked only a few times
@@ -433,11 +433,21 @@ class QuestionBatches:
     def words(self, question) -> tuple[list[int], int]:
         return [self.table[w] for w in question.text.split() + ["assistant:"]], self.table[question.answer]
 
+    def scene(self, i: int):
+        """Later, half of the pictures have many different colours, since only those can be asked for many sums."""
+        if not (self.late and i % 2):
+            return D.scene("train", i, digits=(2, 6) if i % 3 == 0 else None, warp=1.2)
+        for attempt in range(5):
+            s = D.scene("train", i, seed=attempt, digits=(4, 6), warp=1.2)
+            if sum(q.kind == "sum" for q in D.questions(s)) >= 6:
+                break
+        return s
+
     def __call__(self, indices: range):
         images, packed = [], []
         for i in indices:
             rng = np.random.default_rng((5, i))
-            s = D.scene("train", 10_000_000 + i, digits=(2, 6) if i % 3 == 0 else None, warp=1.2)
+            s = self.scene(10_000_000 + i)
             images.append(s.image)
             asked = choose_questions(D.questions(s), rng, SHARE[self.late])
             ids, targets, owner = pack([self.words(q) for q in asked], self.eos, self.room)

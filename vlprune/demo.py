@@ -349,6 +349,6 @@ def cover(path: Path) -> Path:
             loaded.answers(inputs, 4)
             report = handle.report()
         first = not drawn
-        drawn.append(draw_kept(scene.pil(), report, size=288, original=first, title=f"{names}, {report.points[0].visual_before} -> {keep} tokens"))
+        drawn.append(draw_kept(scene.pil(), report, size=270, original=first, title=f"{names}, {report.points[0].visual_before} -> {keep} tokens"))
     side_by_side(drawn, gap=0).save(path, optimize=True)
     return path
