@@ -31,10 +31,12 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	rm -rf build/typed && mkdir -p build/typed/vlprune
+	cp -r vlprune/. adapters evals pyproject.toml build/typed/vlprune/ && mv build/typed/vlprune/pyproject.toml build/typed/
+	cd build/typed && $(abspath $(BIN))/mypy
 
 fuzz: $(STAMP)
-	OMP_NUM_THREADS=1 VLPRUNE_FUZZ=$(N) $(BIN)/python -m pytest tests/test_fuzz.py -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 FUZZ_N=$(N) $(BIN)/python -m pytest tests/test_fuzz.py -n $(JOBS) $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/vlprune bench $(ARGS)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
@@ -29,10 +30,11 @@ class KeyMap:
         valid: (B, P) false on filler entries of short rows, or ``None``.
         tail: logical position from which on every token is there.
         dropped: (B,) how many tokens of each row are missing.
+        bias: (B, P) added to the attention logits of the first P entries (log sizes of merged tokens), or ``None``.
     """
 
-    def __init__(self, prefix: Tensor, valid: Tensor | None, tail: int, dropped: Tensor) -> None:
-        self.prefix, self.valid, self.tail, self.dropped = prefix, valid, tail, dropped
+    def __init__(self, prefix: Tensor, valid: Tensor | None, tail: int, dropped: Tensor, bias: Tensor | None = None) -> None:
+        self.prefix, self.valid, self.tail, self.dropped, self.bias = prefix, valid, tail, dropped, bias
         self._last: tuple[Any, KeyMap] | None = None
         self._memo: dict[str, tuple[Any, int, Any]] = {}
 
@@ -60,13 +62,17 @@ class KeyMap:
             positions = positions.clamp(max=slots - 1)
         return positions, valid
 
-    def rows(self, index: Tensor, how: str) -> KeyMap:
+    def biases(self, total: int) -> Tensor | None:
+        """(B, total) of the first ``total`` entries."""
+        return None if self.bias is None else functional.pad(self.bias, (0, total - self.bias.shape[1]))
+
+    def rows(self, index: Tensor) -> KeyMap:
         """The map for other batch rows (beams); asked with the same tensor by every layer, answered once."""
         if self._last is not None and self._last[0] is index:
             return self._last[1]
         pick = index.to(self.prefix.device)
-        select = (lambda x: x.repeat_interleave(pick, dim=0)) if how == "repeat" else (lambda x: x[pick])
-        made = KeyMap(select(self.prefix), None if self.valid is None else select(self.valid), self.tail, select(self.dropped))
+        valid, bias = (None if part is None else part[pick] for part in (self.valid, self.bias))
+        made = KeyMap(self.prefix[pick], valid, self.tail, self.dropped[pick], bias)
         self._last = (index, made)
         return made
 
@@ -123,11 +129,11 @@ class PrunedLayer(CacheLayerMixin):
         length = self.length + hidden.shape[1] if self.pending is None else self.pending[1]
         if self.keymap is not None:
             before, valid = self.keymap.positions(self.length)
-            dropped = self.keymap.dropped
+            dropped, bias = self.keymap.dropped, self.keymap.biases(before.shape[1])
         else:
-            before, valid = torch.arange(self.length, device=device).expand(batch, -1), None
+            before, valid, bias = torch.arange(self.length, device=device).expand(batch, -1), None, None
             dropped = torch.zeros(batch, dtype=torch.long, device=device)
-        self.keymap, self.pending = KeyMap(before, valid, length, dropped + (length - self.length)), None
+        self.keymap, self.pending = KeyMap(before, valid, length, dropped + (length - self.length), bias), None
         self.length = length
 
     def edit(self, keep: Tensor) -> None:
@@ -137,16 +143,17 @@ class PrunedLayer(CacheLayerMixin):
             raise UnsupportedCallError("only a growing, unquantized cache can be edited; use cache_implementation='dynamic'.")
         batch, device = keep.shape[0], keys.device
         if self.keymap is None:
-            before, valid = torch.arange(self.length, device=device).expand(batch, -1), None
+            before, valid, bias = torch.arange(self.length, device=device).expand(batch, -1), None, None
             dropped = torch.zeros(batch, dtype=torch.long, device=device)
         else:
             before, valid = self.keymap.positions(self.length)
-            dropped = self.keymap.dropped
+            dropped, bias = self.keymap.dropped, self.keymap.biases(before.shape[1])
         places = keep[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         self.inner.keys = torch.gather(self.inner.keys, 2, places)
         self.inner.values = torch.gather(self.inner.values, 2, places[..., :1].expand(-1, -1, -1, self.inner.values.shape[3]))
         lost = keys.shape[2] - keep.shape[1]
-        self.keymap = KeyMap(torch.gather(before, 1, keep), None if valid is None else torch.gather(valid, 1, keep), self.length, dropped + lost)
+        valid, bias = (None if part is None else torch.gather(part, 1, keep) for part in (valid, bias))
+        self.keymap = KeyMap(torch.gather(before, 1, keep), valid, self.length, dropped + lost, bias)
 
     def get_seq_length(self) -> int:
         """Logical length: every token of the conversation counts."""
@@ -182,20 +189,20 @@ class PrunedLayer(CacheLayerMixin):
         """Follow the beams."""
         self.inner.reorder_cache(beam_idx)
         if self.keymap is not None:
-            self.keymap = self.keymap.rows(beam_idx, "select")
+            self.keymap = self.keymap.rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows of the batch."""
         self.inner.batch_select_indices(indices)  # type: ignore[attr-defined]
         if self.keymap is not None:
-            self.keymap = self.keymap.rows(indices, "select")
+            self.keymap = self.keymap.rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         self.inner.batch_repeat_interleave(repeats)  # type: ignore[attr-defined]
         if self.keymap is not None:
             rows = torch.arange(self.keymap.prefix.shape[0]).repeat_interleave(repeats)
-            self.keymap = self.keymap.rows(rows, "select")
+            self.keymap = self.keymap.rows(rows)
 
     def stored_keys(self) -> Tensor | None:
         """(B, H, P, d) entries in the model's own numbers, or ``None`` where the inner layer keeps them otherwise."""

@@ -18,7 +18,7 @@ from vlprune.adapters._cache import KeyMap, PrunedLayer, wrap_cache
 from vlprune.adapters._decoder_taps import DecoderTaps, attention_of
 from vlprune.errors import UnsupportedCallError, UnsupportedModelError
 from vlprune.hooks import HookSet
-from vlprune.method import Bypass, LayerSkip
+from vlprune.method import Attend, Bypass, LayerSkip
 from vlprune.protocols import Tap
 from vlprune.pruner import Collect, ItemState, Pruner, Session
 
@@ -52,7 +52,7 @@ class DecoderEngine:
     def acts(self) -> bool:
         """Whether there is anything to do in this decoder."""
         method = self.pruner.method
-        return bool(self.stages or method.bypasses or method.layer_skips)
+        return bool(self.stages or method.bypasses or method.attends or method.layer_skips)
 
     def attach(self, hooks: HookSet) -> None:
         """Put the hooks on."""
@@ -74,7 +74,9 @@ class DecoderEngine:
 
     def _before_layer(self, number: int) -> Callable[..., Any]:
         stages = self.stages.get(number, [])
-        bypasses = [b for b in self.pruner.method.bypasses if b.layer == number]
+        method = self.pruner.method
+        bypasses = [bypass for bypass in method.bypasses if bypass.layer == number]
+        attends = [attend for attend in method.attends if attend.layer == number]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -91,7 +93,7 @@ class DecoderEngine:
                 shortened = session.reduce(stage, hidden, self._collector(session, number, kwargs, entry, hidden))
                 hidden = hidden if shortened is None else shortened
             session.trace.decoder_lengths.append([session.length] * session.layout.num_rows)   # filler runs too
-            kwargs = self._cut_prefill(session, kwargs, entry, self._bypass_rows(session, bypasses, hidden))
+            kwargs = self._cut_prefill(session, kwargs, entry, self._keys_left(session, bypasses, attends))
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         return hook
@@ -158,17 +160,19 @@ class DecoderEngine:
     def _mask(self, session: Session, mask: Any, keymap: KeyMap | None, entry: PrunedLayer | None, past: int, active: Tensor | None) -> Any:
         length, index = session.layout.length, session.index
         device = session.device
+        bias = session.key_bias() if self.pruner.method.size_bias else None
         if index is None and keymap is None and active is None:
             return mask
         places = index if index is not None else torch.arange(length, device=device).expand(session.layout.num_rows, -1)
         if entry is not None and keymap is not None:
             columns, valid = keymap.positions(past + length, entry.slots)
+            bias = keymap.biases(columns.shape[1])
         else:
             columns, valid = places, session.valid
             if active is not None:
                 valid = active if valid is None else valid & active
         return _sequence.cut_mask(
-            mask, rows=index, columns=columns, columns_valid=valid, query_positions=past + places, backend=self.backend, causal=self.causal
+            mask, rows=index, columns=columns, columns_valid=valid, query_positions=past + places, backend=self.backend, causal=self.causal, bias=bias
         )
 
     def _next_keymap(self, session: Session, entry: PrunedLayer | None, active: Tensor | None) -> tuple[KeyMap | None, int]:
@@ -194,7 +198,13 @@ class DecoderEngine:
                 valid = torch.cat([ones[0] if before_valid is None else before_valid, ones[1] if valid is None else valid], dim=1)
             after = self._whole_after(session) if valid is None else length              # from here on nothing left: may be rolled back
             first = places[:, : places.shape[1] - (length - after)]
-            made = KeyMap(torch.cat([before, past + first], dim=1), valid, past + after, gone)
+            bias = session.key_bias() if self.pruner.method.size_bias else None
+            earlier = None if entry.keymap is None else entry.keymap.biases(before.shape[1])
+            if bias is not None or earlier is not None:
+                zeros = [torch.zeros(part.shape, device=session.device) for part in (before, places)]
+                bias = torch.cat([zeros[0] if earlier is None else earlier, zeros[1] if bias is None else bias], dim=1)
+                bias = bias[:, : before.shape[1] + first.shape[1]]
+            made = KeyMap(torch.cat([before, past + first], dim=1), valid, past + after, gone, bias)
             session.memo[key] = (made, entry.keymap, index, active)
         return session.memo[key][0], past
 
@@ -231,13 +241,20 @@ class DecoderEngine:
         assert keymap is not None
         cut = dict(kwargs)
         mask = kwargs.get("attention_mask")
-        if mask is not None or keymap.valid is not None:
+        if mask is not None or keymap.valid is not None or keymap.bias is not None:
 
             def make_mask() -> Any:
                 columns, valid = keymap.positions(past + new, entry.slots)
                 places = None if new == 1 else past + torch.arange(new, device=columns.device).expand(columns.shape[0], -1)
                 return _sequence.cut_mask(
-                    mask, rows=None, columns=columns, columns_valid=valid, query_positions=places, backend=self.backend, causal=self.causal
+                    mask,
+                    rows=None,
+                    columns=columns,
+                    columns_valid=valid,
+                    query_positions=places,
+                    backend=self.backend,
+                    causal=self.causal,
+                    bias=keymap.biases(columns.shape[1]),
                 )
 
             cut["attention_mask"] = keymap.once("mask", mask, past, make_mask)
@@ -273,16 +290,21 @@ class DecoderEngine:
 
     # skips
 
-    def _bypass_rows(self, session: Session, bypasses: list[Bypass], hidden: Tensor) -> Tensor | None:
-        """(B, Lc) rows that leave keys in this layer, or ``None`` if all do; the rows that run are noted for the hooks below."""
+    def _keys_left(self, session: Session, bypasses: list[Bypass], attends: list[Attend]) -> Tensor | None:
+        """(B, Lc) keys of this layer that may be seen, or ``None`` if all may; the rows that run are noted for the hooks below."""
         active = None
+        if not (bypasses or attends):
+            return active
+        visual = session.layout.visual_mask().to(session.device)
+        visual = visual if session.index is None else torch.gather(visual, 1, session.index)
         for bypass in bypasses:
-            visual = session.layout.visual_mask().to(hidden.device)
-            visual = visual if session.index is None else torch.gather(visual, 1, session.index)
             runs = bypass.rows(visual)
             session.memo["bypass", id(bypass)] = runs
             if bypass.kv == "active_only" and bypass.part != "mlp":
                 active = runs if active is None else active & runs
+        for attend in attends:
+            keys = attend.keys(visual)
+            active = keys if active is None else active & keys
         return active
 
     def _attach_bypass(self, hooks: HookSet, bypass: Bypass) -> None:

@@ -38,6 +38,7 @@ def cut_mask(
     query_positions: Tensor | None,
     backend: str,
     causal: bool = True,
+    bias: Tensor | None = None,
 ) -> Any:
     """Cut an attention mask to the queries ``rows`` and the keys ``columns``.
 
@@ -49,9 +50,21 @@ def cut_mask(
         query_positions: (B, Q') places of the queries on the axis of ``columns``, needed to build a causal mask.
         backend: the attention implementation.
         causal: what the module takes no mask to mean; bidirectional otherwise.
+        bias: (B, K') added to the logits of each key, or ``None``.
     """
     if columns is None:
         return mask
+    if bias is not None:
+        if "flash" in backend:
+            raise UnsupportedCallError("size_bias adds to attention logits, which flash attention does not take; load the model with attn_implementation='sdpa'")
+        if mask is None and columns_valid is None:
+            columns_valid = torch.ones_like(columns, dtype=torch.bool)
+        cut = cut_mask(
+            mask, rows=rows, columns=columns, columns_valid=columns_valid, query_positions=query_positions, backend=backend, causal=causal
+        )
+        if cut.dtype == torch.bool:
+            cut = torch.zeros(cut.shape, dtype=bias.dtype, device=cut.device).masked_fill(~cut, torch.finfo(bias.dtype).min)
+        return (cut + bias[:, None, None, :]).clamp(min=torch.finfo(cut.dtype).min).to(cut.dtype)
     if mask is None:
         if columns_valid is None:
             return None                                                  # order is kept, so causal stays causal

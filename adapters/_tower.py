@@ -95,7 +95,7 @@ class TowerAdapter(Adapter):
 
     def default_method(self) -> tuple[str, float]:
         """Drop once, a third of the way up, what CLS attends to least."""
-        return "cls_attention", 0.5
+        return "cls_attention", 0.7
 
     def attach(self, hooks: HookSet, pruner: Pruner) -> None:
         """Put everything on."""

@@ -7,9 +7,9 @@ import sys
 
 from rich.console import Console
 from rich.table import Table
-from vlprune.evals import digits
 
 import vlprune
+from vlprune.evals import digits
 from vlprune.loading import load_embedded
 
 number = int(sys.argv[1]) if len(sys.argv) > 1 else 24

@@ -7,10 +7,10 @@ python examples/quickstart.py MODEL PICTURE "your question"       # any supporte
 import sys
 
 from PIL import Image
-from vlprune.evals import digits
 
 import vlprune
 from vlprune.draw import draw_kept
+from vlprune.evals import digits
 from vlprune.loading import load_embedded, load_model
 
 if len(sys.argv) > 3:

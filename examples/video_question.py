@@ -6,10 +6,9 @@ python examples/video_question.py VIDEO "your question" MODEL     # any supporte
 
 import sys
 
-from vlprune.evals import digits
-
 import vlprune
 from vlprune.draw import draw_kept
+from vlprune.evals import digits
 from vlprune.loading import load_embedded, load_model
 from vlprune.video import read_video, write_video
 

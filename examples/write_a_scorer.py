@@ -6,9 +6,9 @@ The idea here: keep tokens that differ most from the mean of their image ("contr
 from dataclasses import dataclass
 
 from torch import Tensor
-from vlprune.evals import digits
 
 import vlprune
+from vlprune.evals import digits
 from vlprune.loading import load_embedded
 from vlprune.reducers import Drop
 from vlprune.selectors import TopK

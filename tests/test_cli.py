@@ -208,9 +208,13 @@ def test_mistakes_of_the_demo(llava: Path, photo: Path, clip: Path, tmp_path: Pa
     assert "Give at most 256" in mistake("demo", "--image", photo, "--keep", 300, "--out", tmp_path)
     assert "a share must lie in (0, 1]" in mistake("demo", "--image", photo, "--keep", 1.5, "--out", tmp_path)
     assert "at least one token" in mistake("demo", "--image", photo, "--keep", 0, "--out", tmp_path)
-    assert "works on videos only" in mistake("demo", "--image", photo, "--method", "evs", "--out", tmp_path)
     assert "one of auto, float32" in mistake("demo", "--model", llava, "--image", photo, "--dtype", "int3")
     assert "device='nothing'" in mistake("demo", "--model", llava, "--image", photo, "--device", "nothing")
+
+
+def test_a_video_method_on_a_picture_is_refused(photo: Path, tmp_path: Path) -> None:
+    """Not carried out as if it had nothing to drop."""
+    assert "works on videos only" in mistake("demo", "--image", photo, "--method", "evs", "--out", tmp_path)
 
 
 def test_mistakes_about_models(photo: Path, tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import vlprune
-from tests.tiny import families
-from vlprune.method import Bypass, LayerSkip, PruningMethod, Stage
+from tests.oracle import masked_run
+from tests.tiny import IMAGE, families
+from vlprune.method import Attend, Bypass, LayerSkip, PruningMethod, Stage
 from vlprune.methods.random_drop import RandomScore
-from vlprune.reducers import Drop
+from vlprune.reducers import Drop, Merge, Recycle
 from vlprune.selectors import TopK
 
 EVERYTHING, NOTHING = (lambda visual: torch.ones_like(visual)), (lambda visual: torch.zeros_like(visual))
@@ -139,3 +140,55 @@ def test_entries_can_be_edited_out_of_a_cache_layer() -> None:
         out = model(input_ids=prompt["input_ids"][:, -1:], attention_mask=torch.ones(1, length + 1), past_key_values=cache)
         assert bool(torch.isfinite(out.logits).all())
         assert cache.layers[0].stored_keys().shape[2] == entries - 2
+
+
+def test_attention_over_a_selection_of_keys() -> None:
+    """In one layer nobody sees the picture, now and later: an explicit mask on that layer gives the same."""
+    family = families()["llava"]
+    model = family.build()
+    prompt = family.prompt([[3, "image", 4], [5, "image", 2]])
+    length = prompt["input_ids"].shape[1]
+    with torch.no_grad(), vlprune.apply(model, PruningMethod("a", attends=(Attend(2, TEXT_ONLY),))):
+        out = model.generate(**prompt, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    hidden = [torch.zeros(2, length, dtype=torch.bool)] * 4
+    hidden[2] = prompt["input_ids"] == IMAGE
+    mask = torch.cat([prompt["attention_mask"], torch.ones(2, 2, dtype=torch.long)], dim=1)
+    reference = masked_run(model, prompt, hidden, out.sequences[:, length:-1], position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    torch.testing.assert_close(torch.stack(out.logits, 1), reference[:, length - 1 :], rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("size_bias", [False, True])
+@pytest.mark.parametrize("reducer", [Merge(), Recycle(2)], ids=["merge", "recycle"])
+def test_merged_tokens_equal_a_naive_loop(reducer: object, size_bias: bool, attention: str) -> None:
+    """A decoder fed with the merged tokens (built token by token here), log sizes on their keys, sees what the pruned model sees."""
+    family = families()["llava"]
+    model = family.build(attention)
+    prompt = family.prompt([[3, "image", 4]])
+    stage = Stage(vlprune.BeforeLLM(), RandomScore(1), TopK(), reducer, vlprune.Budget(6))
+    seen: dict[str, torch.Tensor] = {}
+    decoder = model.model.language_model
+    with torch.no_grad():
+        hook = decoder.register_forward_pre_hook(lambda m, a, k: seen.update(embeds=k["inputs_embeds"]), with_kwargs=True)
+        model(**prompt)
+        hook.remove()
+        with vlprune.apply(model, PruningMethod("merging", (stage,), size_bias=size_bias)) as handle:
+            out = model.generate(**prompt, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
+            kept = handle.report().points[0].keep_indices[0].tolist()
+        picture = seen["embeds"][0, 3:39]
+        takes = kept if isinstance(reducer, Merge) else kept[1::2]
+        groups = {k: [k] for k in kept}
+        for token in range(36):
+            if token not in kept:
+                groups[max(takes, key=lambda k: float(torch.cosine_similarity(picture[token], picture[k], dim=0)))].append(token)
+        merged = torch.stack([picture[groups[k]].mean(0) for k in kept])
+        sizes = torch.tensor([len(groups[k]) for k in kept]).float()
+        new = decoder.embed_tokens(out.sequences[0, 43:-1])
+        embeds = torch.cat([seen["embeds"][0, :3], merged, seen["embeds"][0, 39:], new])[None]
+        places = torch.cat([torch.arange(3), 3 + torch.tensor(kept), torch.arange(39, 43 + len(new))])[None]
+        bias = torch.zeros(embeds.shape[1])
+        bias[3:9] = sizes.log() if size_bias else 0.0
+        mask = torch.full((embeds.shape[1], embeds.shape[1]), torch.finfo(torch.float32).min).triu(1) + bias
+        states = decoder(inputs_embeds=embeds, position_ids=places, attention_mask=mask[None, None]).last_hidden_state
+        expected = model.lm_head(states)[0, -3:]
+    torch.testing.assert_close(torch.stack(out.logits, 1)[0], expected, rtol=1e-4, atol=2e-4)

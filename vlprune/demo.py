@@ -344,11 +344,11 @@ def cover(path: Path) -> Path:
     asked = digits.questions(scene)[1]
     inputs = loaded.inputs(asked.text, [scene.pil()])
     drawn: list[Any] = []
-    for method, keep, names in (("hiprune", 64, "HiPrune: before the language model"), ("fastv", 64, "FastV: after its second layer")):
+    for method, keep, names in (("hiprune", 64, "HiPrune, before the LLM:"), ("fastv", 64, "FastV, in the LLM:")):
         with apply(loaded.model, method, keep) as handle:
             loaded.answers(inputs, 4)
             report = handle.report()
         first = not drawn
-        drawn.append(draw_kept(scene.pil(), report, size=270, original=first, title=f"{names}, {report.points[0].visual_before} -> {keep} tokens"))
+        drawn.append(draw_kept(scene.pil(), report, size=280, original=first, title=f"{names} {keep} of {report.points[0].visual_before} tokens"))
     side_by_side(drawn, gap=0).save(path, optimize=True)
     return path

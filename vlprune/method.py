@@ -62,6 +62,19 @@ class Bypass:
 
 
 @dataclass(frozen=True)
+class Attend:
+    """Attention of one decoder layer over a selection of keys; every row still asks, and gets its answer in its place.
+
+    Attributes:
+        layer: 0-based decoder layer.
+        keys: ``(visual (B, L) bool) -> (B, L) bool``, true where a key may be seen, now and in later steps. Applied in prefill.
+    """
+
+    layer: int
+    keys: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class LayerSkip:
     """Run or skip a whole decoder layer: ``run(phase, step, position) -> bool`` with phase ``"prefill"`` or ``"decode"``."""
 
@@ -77,14 +90,17 @@ class PruningMethod:
         name: for reports.
         stages: in any order; they act in the order of their points.
         positions: the method's own position policy, ``"preserve"`` or ``"renumber"``; the user's choice wins.
-        bypasses, layer_skips: rows and layers that are skipped rather than dropped.
+        bypasses, attends, layer_skips: rows, keys and layers that are skipped rather than dropped.
+        size_bias: attention counts a merged token by its size (log of the size on its key).
     """
 
     name: str
     stages: tuple[Stage, ...] = ()
     positions: str = "preserve"
     bypasses: tuple[Bypass, ...] = ()
+    attends: tuple[Attend, ...] = ()
     layer_skips: tuple[LayerSkip, ...] = ()
+    size_bias: bool = False
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,16 @@ class Session:
             self.memo[key] = (real if self.valid is None else real & self.valid, self.index)
         return self.memo[key][0]  # type: ignore[no-any-return]
 
+    def key_bias(self) -> Tensor | None:
+        """(B, Lc) log of how many tokens each entry stands for; ``None`` while all stand for themselves."""
+        if not any(state.sizes is not None for state in self.items):
+            return None
+        bias = torch.zeros(self.layout.num_rows, self.length, device=self.device)
+        for state in self.items:
+            if state.sizes is not None:
+                bias[state.item.row, state.slots] = state.sizes.float().log()
+        return bias
+
     def moved(self) -> Tensor:
         """(B, Lc) how many tokens that stood before each entry have left; padding does not count."""
         assert self.index is not None

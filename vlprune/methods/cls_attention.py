@@ -13,7 +13,9 @@ Differences:
   is left of all patches behind the last drop, reached in equal ratios.
 - Survivors stay in raster order; registers and distillation tokens never leave.
 - A tower without CLS (SigLIP) is ranked by the attention received from all tokens instead.
-- EViT trains with the dropping. Nothing is trained here.
+- EViT trains with the dropping. Nothing is trained here, and it shows: on ViT-tiny and 200 to 334 ImageNet pictures
+  (standard error about 2 points) it was ahead of `random` at the same block with keep=0.7, level with it at 0.5, and
+  level or behind at 0.3. Hence the default of 0.7.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from vlprune.selectors import TopK
 LAYER = Depth(4, of=12)
 
 
-def cls_attention(facts: ModelFacts, keep: Keep = 0.5, *, layer: int | None = None, layers: Sequence[int] | None = None) -> PruningMethod:
+def cls_attention(facts: ModelFacts, keep: Keep = 0.7, *, layer: int | None = None, layers: Sequence[int] | None = None) -> PruningMethod:
     """Rank patches by the CLS row of the block before the drop.
 
     Args:
@@ -69,5 +71,5 @@ CARD = MethodCard(
     points=("vision:K",),
     needs=("cls_row",),
     modality="image",
-    default_keep=0.5,
+    default_keep=0.7,
 )
