@@ -148,15 +148,15 @@ class Session:
     def _choose(self, stage: Stage, group: list[ItemState], hidden: Tensor, collect: Collect) -> list[tuple[list[ItemState], Selection, Reduced]]:
         first = group[0]
         current, total = first.slots.numel(), first.item.num_tokens
-        num_keep = min(current, stage.budget.num_keep(total, first.item.num_frames))
-        if current == 0 or num_keep == current:
-            return []
         modality = self.pruner.modality
         if modality != "any" and first.item.modality != modality:
             raise OptionError(
                 f"{self.pruner.method.name} works on {modality}s only, but the prompt holds {_article(first.item.modality)}. "
                 f"Choose a method for {first.item.modality}s (see `vlprune methods`)."
             )
+        num_keep = min(current, stage.budget.num_keep(total, first.item.num_frames))
+        if current == 0 or num_keep == current:
+            return []
         with torch.no_grad(), self.pruner.timed():      # choosing has no gradient; merging does
             found = self._select(stage, group, hidden, num_keep, collect)
         if found is None:
