@@ -60,6 +60,11 @@ class DecoderEngine:
             return
         if "flex" in self.backend:
             raise UnsupportedModelError("flex attention masks cannot be cut; load the model with attn_implementation='sdpa' or 'eager'")
+        if "flash" in self.backend and any(getattr(attention_of(layer), "sliding_window", None) for layer in self.layers):
+            raise UnsupportedModelError(
+                "flash attention counts a sliding window in the tokens that are there, not in positions, so a pruned prompt would see too far back. "
+                "Load the model with attn_implementation='sdpa' or 'eager'."
+            )
         for number, layer in enumerate(self.layers):
             hooks.before(layer, self._before_layer(number))
         self.taps.attach(hooks)
@@ -150,7 +155,9 @@ class DecoderEngine:
                 cut["position_embeddings"] = once(
                     "rotary", kwargs["position_embeddings"], lambda: self._rotary(session, kwargs, index, entry)
                 )
-            if kwargs.get("position_ids") is not None:
+            if "flash" in self.backend:
+                cut["position_ids"] = None                               # gaps would read as several packed sequences
+            elif kwargs.get("position_ids") is not None:
                 cut["position_ids"] = once("ids", kwargs["position_ids"], lambda: _sequence.take_rows(kwargs["position_ids"], index, -1))
         if "attention_mask" in kwargs:
             mask = kwargs["attention_mask"]

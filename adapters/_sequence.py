@@ -56,7 +56,7 @@ def cut_mask(
         return mask
     if bias is not None:
         if "flash" in backend:
-            raise UnsupportedCallError("size_bias adds to attention logits, which flash attention does not take; load the model with attn_implementation='sdpa'")
+            raise UnsupportedCallError("size_bias adds to attention logits, which flash attention does not take; use attn_implementation='sdpa'")
         if mask is None and columns_valid is None:
             columns_valid = torch.ones_like(columns, dtype=torch.bool)
         cut = cut_mask(

@@ -104,7 +104,7 @@ class Muon(torch.optim.Optimizer):
     """Muon in float32 (``torch.optim.Muon`` orthogonalises in bfloat16, which is slow on older processors)."""
 
     def __init__(self, parameters, lr: float, momentum: float = 0.95, weight_decay: float = 0.02) -> None:
-        super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -120,7 +120,7 @@ class Muon(torch.optim.Optimizer):
                     buffer.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(buffer, group["momentum"]))
                 update = orthogonalise(torch.stack(updates)) * (0.2 * max(shape) ** 0.5)
-                for p, u in zip(members, update):
+                for p, u in zip(members, update, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"])
 
 
@@ -238,7 +238,7 @@ def train_tower(team: Team, folder: Path, minutes: float, batch: int, lr: float)
         saved = torch.load(path, weights_only=False)
         tower.load_state_dict(saved["tower"])
         heads.load_state_dict(saved["heads"])
-        for o, state in zip(opts, saved["opts"]):
+        for o, state in zip(opts, saved["opts"], strict=True):
             o.load_state_dict(state)
         step, spent = saved["step"], saved["spent"]
     test_images, test_labels = tower_batch("heldout", range(96), warp=0.0)
@@ -246,9 +246,9 @@ def train_tower(team: Team, folder: Path, minutes: float, batch: int, lr: float)
     start, shown, losses, fraction = time.time() - spent, time.time(), [], 0.0
 
     def save() -> None:
-        settings = dict(minutes=minutes, batch=batch, lr=lr, processes=team.size, seed=0)
-        torch.save(dict(tower=tower.state_dict(), heads=heads.state_dict(), opts=[o.state_dict() for o in opts],
-                        step=step, spent=time.time() - start, settings=settings), path)  # fmt: skip
+        settings = {"minutes": minutes, "batch": batch, "lr": lr, "processes": team.size, "seed": 0}
+        torch.save({"tower": tower.state_dict(), "heads": heads.state_dict(), "opts": [o.state_dict() for o in opts],
+                        "step": step, "spent": time.time() - start, "settings": settings}, path)  # fmt: skip
 
     while fraction < 1.0:
         images, labels = tower_batch("train", team.share(step, batch), warp=1.6)
@@ -268,8 +268,8 @@ def train_tower(team: Team, folder: Path, minutes: float, batch: int, lr: float)
                 guess = heads.loss(tower_features(tower, to_pixels(test_images)), test_labels)[1]
             inside = test_labels["digit"] < 10
             right = (guess == test_labels["digit"])[inside].float().mean().item()
-            row = dict(stage="tower", step=step, minutes=round((time.time() - start) / 60, 2),
-                       loss=round(float(np.mean(losses)), 4), heldout_patch_digit=round(right, 4))  # fmt: skip
+            row = {"stage": "tower", "step": step, "minutes": round((time.time() - start) / 60, 2),
+                       "loss": round(float(np.mean(losses)), 4), "heldout_patch_digit": round(right, 4)}  # fmt: skip
             losses = []
             print(json.dumps(row), flush=True)
             with open(folder / "tower.jsonl", "a") as log:
@@ -290,7 +290,7 @@ def build_processor():
         from transformers import CLIPImageProcessor as ImageProcessor
 
     special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    words = special + ["user:", "assistant:"] + D.vocabulary()
+    words = [*special, "user:", "assistant:", *D.vocabulary()]
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     raw.normalizer = normalizers.Lowercase()
     raw.pre_tokenizer = pre_tokenizers.Sequence(
@@ -431,7 +431,7 @@ class QuestionBatches:
         self.table = tokenizer.get_vocab()
 
     def words(self, question) -> tuple[list[int], int]:
-        return [self.table[w] for w in question.text.split() + ["assistant:"]], self.table[question.answer]
+        return [self.table[w] for w in [*question.text.split(), "assistant:"]], self.table[question.answer]
 
     def scene(self, i: int):
         """Later, half of the pictures have many different colours, since only those can be asked for many sums."""
@@ -474,7 +474,7 @@ def train_questions(team: Team, folder: Path, minutes: float, batch: int, lr: fl
     if path.exists():
         saved = torch.load(path, weights_only=False)
         model.load_state_dict(saved["model"])
-        for o, state in zip(opts, saved["opts"]):
+        for o, state in zip(opts, saved["opts"], strict=True):
             o.load_state_dict(state)
         step, spent = saved["step"], saved["spent"]
     for layer in model.model.language_model.layers:
@@ -484,18 +484,18 @@ def train_questions(team: Team, folder: Path, minutes: float, batch: int, lr: fl
     start, shown, losses, fraction = time.time() - spent, time.time(), [], 0.0
 
     def save() -> None:
-        settings = dict(
-            minutes=minutes,
-            batch=batch,
-            lr=lr,
-            processes=team.size,
-            seed=1,
-            room=make.room,
-            few_until=few_until,
-            few_tokens=make.patches,
-        )
-        torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], step=step,
-                        spent=time.time() - start, settings=settings), path)  # fmt: skip
+        settings = {
+            "minutes": minutes,
+            "batch": batch,
+            "lr": lr,
+            "processes": team.size,
+            "seed": 1,
+            "room": make.room,
+            "few_until": few_until,
+            "few_tokens": make.patches,
+        }
+        torch.save({"model": model.state_dict(), "opts": [o.state_dict() for o in opts], "step": step,
+                        "spent": time.time() - start, "settings": settings}, path)  # fmt: skip
 
     while fraction < 1.0:
         make.late = fraction >= 0.8 * few_until
@@ -520,9 +520,9 @@ def train_questions(team: Team, folder: Path, minutes: float, batch: int, lr: fl
         if team.rank == 0 and (time.time() - shown > 180 or step == 3):
             shown = time.time()
             kinds = quick_accuracy(model, make, test)
-            row = dict(stage="questions", step=step, minutes=round((time.time() - start) / 60, 2),
-                       loss=round(float(np.mean(losses)), 4),
-                       heldout_answers=round(float(np.mean(list(kinds.values()))), 4), kinds=kinds)  # fmt: skip
+            row = {"stage": "questions", "step": step, "minutes": round((time.time() - start) / 60, 2),
+                       "loss": round(float(np.mean(losses)), 4),
+                       "heldout_answers": round(float(np.mean(list(kinds.values()))), 4), "kinds": kinds}  # fmt: skip
             losses = []
             print(json.dumps(row), flush=True)
             with open(folder / "questions.jsonl", "a") as log:
@@ -550,7 +550,7 @@ def quick_accuracy(model, make: QuestionBatches, test: list, batch: int = 30) ->
     for i in range(0, len(test), batch):
         part = test[i : i + batch]
         packed = [pack([make.words(q)], make.eos, 16) for _, q in part]
-        ids, targets, owner = [torch.from_numpy(np.stack(x)).long() for x in zip(*packed)]
+        ids, targets, owner = [torch.from_numpy(np.stack(x)).long() for x in zip(*packed, strict=True)]
         images = torch.from_numpy(np.stack([s.image for s, _ in part]))
         features = tower_features(model.model.vision_tower, to_pixels(images))
         guess = packed_logits(model, features, ids, owner).argmax(-1)
@@ -579,7 +579,7 @@ def export(folder: Path, assets: Path) -> None:
         written.chmod(0o644)
     tower = torch.load(folder / "tower.pt", weights_only=False)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    settings = dict(python=platform.python_version(), versions=versions, parameters=model.num_parameters())
+    settings = {"python": platform.python_version(), "versions": versions, "parameters": model.num_parameters()}
     for stage, part in (("tower", tower), ("questions", saved)):
         settings[stage] = dict(part["settings"], steps=part["step"], minutes_spent=round(part["spent"] / 60, 1))
     (assets / "SETTINGS.json").write_text(json.dumps(settings, indent=1) + "\n")
@@ -596,7 +596,7 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for axis, stage, key in zip(axes, ("tower", "questions"), ("heldout_patch_digit", "heldout_answers")):
+    for axis, stage, key in zip(axes, ("tower", "questions"), ("heldout_patch_digit", "heldout_answers"), strict=True):
         part = [r for r in rows if r["stage"] == stage]
         minutes = [r["minutes"] for r in part]
         axis.plot(minutes, [r["loss"] for r in part], color="tab:gray", label="training loss")
@@ -644,7 +644,7 @@ def evaluate(assets: Path, n: int, seed: int = 0) -> dict:
     right = {}
     for name, change in (("dense", lambda x: x), ("blank", blank)):
         said = answers(model, processor, [change(s.image) for s, _ in pairs], texts)
-        right[name] = np.array([a == b for a, b in zip(said, truth)])
+        right[name] = np.array([a == b for a, b in zip(said, truth, strict=True)])
         result[name] = round(float(right[name].mean()), 4)
     table = Table("kind", "n", "dense", "blank")
     for kind in D.KINDS:
@@ -663,9 +663,9 @@ def run_stage(rank: int, args: argparse.Namespace, meeting: str) -> None:
     """One training process."""
     team = Team(rank, args.processes, meeting)
     if args.stage == "tower":
-        train_tower(team, args.work, args.minutes, args.batch, args.lr)
+        train_tower(team, args.work, args.minutes, args.batch or 24, args.lr)
     else:
-        train_questions(team, args.work, args.minutes, args.batch, args.lr, args.few_until)
+        train_questions(team, args.work, args.minutes, args.batch or 6, args.lr, args.few_until)
 
 
 def main() -> None:
@@ -673,8 +673,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("tower", "questions"))
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--batch", type=int, help="pictures a step; 24 for the tower, 6 for the questions")
+    parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--processes", type=int, default=2, help="training processes of one thread each")
     parser.add_argument("--few-until", type=float, default=0.6, help="share of the time with fewer picture tokens")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_vlm"), help="folder for checkpoints")

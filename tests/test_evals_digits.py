@@ -35,7 +35,8 @@ def scenes():
 
 def test_same_arguments_same_pixels():
     a, b = D.scene("heldout", 7, seed=3), D.scene("heldout", 7, seed=3)
-    assert np.array_equal(a.image, b.image) and a.objects == b.objects
+    assert np.array_equal(a.image, b.image)
+    assert a.objects == b.objects
     assert not np.array_equal(a.image, D.scene("heldout", 7, seed=4).image)
     assert not np.array_equal(a.image, D.scene("heldout", 8, seed=3).image)
     assert D.questions(a) == D.questions(b)
@@ -57,15 +58,19 @@ def test_digits_cover_ten_to_thirty_percent_of_the_patches(scenes):
 
 def test_patch_labels_agree_with_objects(scenes):
     for s in scenes:
-        assert s.image.shape == (D.SIZE, D.SIZE, 3) and s.image.dtype == np.uint8
+        assert s.image.shape == (D.SIZE, D.SIZE, 3)
+        assert s.image.dtype == np.uint8
         assert 2 <= len(s.objects) <= 6
         for k, o in enumerate(s.objects):
             rows, cols = np.nonzero(s.patch_object == k)
             assert len(rows) >= 2
             x0, y0, x1, y1 = o.box
-            assert 0 <= x0 < x1 <= D.SIZE and 0 <= y0 < y1 <= D.SIZE
-            assert rows.min() >= (y0 - 2) // D.PATCH and rows.max() <= (y1 + 2) // D.PATCH
-            assert cols.min() >= (x0 - 2) // D.PATCH and cols.max() <= (x1 + 2) // D.PATCH
+            assert 0 <= x0 < x1 <= D.SIZE
+            assert 0 <= y0 < y1 <= D.SIZE
+            assert rows.min() >= (y0 - 2) // D.PATCH
+            assert rows.max() <= (y1 + 2) // D.PATCH
+            assert cols.min() >= (x0 - 2) // D.PATCH
+            assert cols.max() <= (x1 + 2) // D.PATCH
             assert set(s.patch_digit[rows, cols]) == {o.digit}
             assert set(s.patch_colour[rows, cols]) == {D.COLOUR_NAMES.index(o.colour)}
             # the named place is where the box really is
@@ -130,7 +135,8 @@ def test_answers_derived_independently(scenes):
 
 def test_heldout_questions_are_balanced():
     pairs = D.heldout_questions(240, seed=1)
-    assert len(pairs) == 240 and all(s.split == "heldout" for s, _ in pairs)
+    assert len(pairs) == 240
+    assert all(s.split == "heldout" for s, _ in pairs)
     assert pairs[5][1] == D.heldout_questions(6, seed=1)[5][1]
     for kind in D.KINDS:
         answers = Counter(q.answer for _, q in pairs if q.kind == kind)
@@ -142,7 +148,8 @@ def test_vocabulary_holds_every_word(scenes):
     words = set(D.vocabulary())
     for s in scenes:
         for q in D.questions(s):
-            assert set(q.text.split()) <= words and q.answer in words
+            assert set(q.text.split()) <= words
+            assert q.answer in words
 
 
 def test_packed_questions_equal_single_questions():
@@ -166,12 +173,14 @@ def test_packed_questions_equal_single_questions():
             logits = model(**alone).logits[0, T.PREFIX :]
             assert torch.allclose(logits, packed[here], atol=1e-4)
             asked = targets[0][here]
-            assert (asked[:-2] == -100).all() and asked[-1] == processor.tokenizer.eos_token_id
+            assert (asked[:-2] == -100).all()
+            assert asked[-1] == processor.tokenizer.eos_token_id
             assert asked[-2] == ids[0][here][-1]
         every = torch.arange(D.GRID**2)[None]
         assert torch.allclose(T.packed_logits(model, features, ids, owner, every)[0], packed, atol=1e-5)
     assert ((weights > 0) == (owner > 0)).all()
-    assert kept.shape == (1, make.patches) and set(np.flatnonzero(s.patch_object >= 0)) <= set(kept[0].tolist())
+    assert kept.shape == (1, make.patches)
+    assert set(np.flatnonzero(s.patch_object >= 0)) <= set(kept[0].tolist())
 
 
 @needs_weights

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import vlprune
 from tests.oracle import decoder_of, hidden_columns, masked_run
-from tests.tiny import families
+from tests.tiny import IMAGE, VIDEO, families
 from vlprune.errors import MissingSignalError, OptionError, UnsupportedPointError
 
 EXAMPLES = int(os.environ.get("FUZZ_N", "25"))
@@ -64,9 +64,8 @@ def test_any_prompt_any_method_equals_the_masked_run(case: dict[str, Any]) -> No
         shown = {part[0] for row in case["rows"] for part in row if not isinstance(part, int)}
         try:
             if case["steps"] and case["padding"] == "left":
-                out = model.generate(
-                    **inputs, max_new_tokens=case["steps"] + 1, do_sample=False, output_logits=True, return_dict_in_generate=True
-                )
+                options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "suppress_tokens": [IMAGE, VIDEO]}
+                out = model.generate(**inputs, max_new_tokens=case["steps"] + 1, **options)
                 new = out.sequences[:, inputs["input_ids"].shape[1] : -1]
                 pruned = torch.stack(out.logits, dim=1)
             else:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from vlprune.flops import TowerShape, stack_flops, stack_kv_bytes
 from vlprune.trace import PointRecord, Trace
 
@@ -101,11 +99,6 @@ def make_report(trace: Trace | None, method: str, keep: Any) -> Report:
         stored = [[max(lengths)] * len(lengths) for lengths in trace.decoder_lengths]    # short rows are filled up
         kv_pruned = stack_kv_bytes(decoder, stored, trace.kv_element_bytes, trace.past_length)
     return Report(method, keep, list(trace.points), flops_dense, flops_pruned, kv_dense, kv_pruned, parts)
-
-
-def roles_of(record: PointRecord, item: int) -> Tensor | None:
-    """Roles of one item's kept tokens, if the method has any."""
-    return record.roles[item]
 
 
 def _si(value: float, unit: str = "FLOP") -> str:
