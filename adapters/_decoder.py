@@ -106,6 +106,7 @@ class DecoderEngine:
     def _enter(self, session: Session | None, cache: Any, kwargs: dict[str, Any], hidden: Tensor) -> None:
         """First layer: check the arguments, wrap the cache, note what came before."""
         _sequence.check_aligned(kwargs, hidden.shape[1], type(self.layers[0]).__name__)
+        _sequence.check_checkpointing(self.layers[0])
         if cache is not None:
             wrap_cache(cache, len(self.layers))
         if session is not None:

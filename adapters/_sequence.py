@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlprune.errors import UnsupportedCallError
 
@@ -94,6 +94,16 @@ def cut_mask(
     if mask.dtype == torch.bool:
         return mask & allowed
     return mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
+
+
+def check_checkpointing(layer: nn.Module) -> None:
+    """Older transformers replay hooks when a checkpointed layer is recomputed, long after the call they belong to: refused."""
+    replays = "__call__" in vars(next((kind for kind in type(layer).__mro__ if kind.__name__ == "GradientCheckpointingLayer"), object))
+    if replays and layer.training and getattr(layer, "gradient_checkpointing", False):
+        raise UnsupportedCallError(
+            "this version of transformers recomputes hooks together with checkpointed layers, which pruning cannot follow. "
+            "Update transformers (5.23 works), or train without gradient checkpointing."
+        )
 
 
 def check_aligned(kwargs: Mapping[str, Any], length: int, layer_name: str) -> None:

@@ -186,6 +186,11 @@ class VisionLanguageAdapter(Adapter):
                     "a prompt given as inputs_embeds alone does not tell where its visual tokens are. Pass input_ids, or inputs_embeds with "
                     "placeholder embeddings together with pixel_values; or remove the pruning for this call."
                 )
+            if ids is not None and ids.shape[1] > 1 and any(bool((ids == number).any()) for number in self.placeholders.values()):
+                raise UnsupportedCallError(
+                    "the prompt holds image or video placeholders, but no pixels and no encoded features came with it. Pass them in the same call; "
+                    "chunked prefill does not (set generation_config.prefill_chunk_size=None)."
+                )
             return
         if given.get("output_attentions") or getattr(self.decoder.config, "output_attentions", False):
             raise UnsupportedCallError("output_attentions=True would return maps of different sizes by layer; remove the pruning to look at attention maps")
