@@ -1,8 +1,6 @@
 # Each target sets up all it needs. Only Python 3.10 to 3.13 with venv and make are taken for granted.
 PYTHON ?= python3
 VENV ?= .venv
-# Further packages to install without their dependencies, e.g. make venv NO_DEPS="timm open_clip_torch torchvision".
-NO_DEPS ?=
 # Hypothesis examples of make fuzz, and parallel test processes.
 N ?= 2000
 JOBS ?= 2
@@ -10,16 +8,17 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# timm and open_clip import torchvision, which has no build for every torch, so they live in a folder beside the environment.
+VIT := $(VENV)/vit
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv demo test lint fuzz bench tables clean
+.PHONY: venv demo test test-vit lint fuzz bench tables clean
 
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
-	$(if $(strip $(NO_DEPS)),$(BIN)/python -m pip install --quiet --no-deps $(NO_DEPS))
 	touch $@
 
 demo: $(STAMP)
@@ -28,6 +27,15 @@ demo: $(STAMP)
 # One thread a process: two processes on two cores would only wait for each other's threads.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(MAKE) --no-print-directory test-vit
+
+# The adapters of timm and open_clip, which the first line skips.
+test-vit: $(STAMP) $(VIT)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VIT) $(BIN)/python -m pytest tests/test_adapter_clip.py -k "timm or open_clip" -n $(JOBS)
+
+$(VIT)/.installed: constraints.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VIT) -c constraints.txt timm open_clip_torch torchvision ftfy wcwidth
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
