@@ -307,7 +307,7 @@ class DecoderEngine:
         visual = visual if session.index is None else torch.gather(visual, 1, session.index)
         for bypass in bypasses:
             runs = bypass.rows(visual)
-            session.memo["bypass", id(bypass)] = runs
+            session.signals["bypass", id(bypass)] = runs
             if bypass.kv == "active_only" and bypass.part != "mlp":
                 active = runs if active is None else active & runs
         for attend in attends:
@@ -322,8 +322,8 @@ class DecoderEngine:
             session = self.pruner.session
             if session is None:
                 return None
-            runs = session.memo["bypass", id(bypass)][..., None]
             first = output[0] if isinstance(output, tuple) else output
+            runs = session.signals["bypass", id(bypass)].to(first.device)[..., None]
             first = torch.where(runs, first, torch.zeros((), dtype=first.dtype, device=first.device))  # residual + 0 is the residual
             return (first, *output[1:]) if isinstance(output, tuple) else first
 

@@ -86,6 +86,7 @@ class DecoderTaps:
     def _rows(
         self, session: Session, tap: Tap, group: list[ItemState], attn: nn.Module, states: Tensor, kwargs: dict[str, Any], entry: Any, *, ran: bool
     ) -> Tensor:
+        session.move(states.device)
         rows, positions, weights = self._queries(session, tap, group)
         slots = session.slots_of(rows, positions)                                        # (G, T)
         queries = _attention.project(attn, states[rows[:, None], slots], "q")            # (G, H, T, d)
@@ -147,6 +148,7 @@ class DecoderTaps:
             if session is None:
                 return
             before = (args[0] if args else kwargs["hidden_states"]).float()
+            session.move(before.device)
             after = (output[0] if isinstance(output, tuple) else output).float()
             size_in, size_out = before.norm(dim=-1), after.norm(dim=-1)                  # (B, Lc)
             cosine = (before * after).sum(dim=-1) / (size_in * size_out).clamp(min=1e-8)

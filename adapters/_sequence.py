@@ -18,6 +18,7 @@ ALIGNED = {"position_ids": -1, "position_embeddings": -2, "attention_mask": None
 
 def take_rows(x: Tensor, index: Tensor, axis: int) -> Tensor:
     """Gather ``index`` (B, K) along ``axis`` (-1 or -2) of ``x``, whose batch axis stands right before it and may be 1."""
+    index = index.to(x.device)
     batch_axis = x.dim() + axis - 1
     if batch_axis < 0:                                                   # no batch axis: (L, d)
         x, batch_axis = x[None], 0
@@ -64,7 +65,7 @@ def cut_mask(
         )
         if cut.dtype == torch.bool:
             cut = torch.zeros(cut.shape, dtype=bias.dtype, device=cut.device).masked_fill(~cut, torch.finfo(bias.dtype).min)
-        return (cut + bias[:, None, None, :]).clamp(min=torch.finfo(cut.dtype).min).to(cut.dtype)
+        return (cut + bias.to(cut.device)[:, None, None, :]).clamp(min=torch.finfo(cut.dtype).min).to(cut.dtype)
     if mask is None:
         if columns_valid is None:
             return None                                                  # order is kept, so causal stays causal
@@ -79,6 +80,8 @@ def cut_mask(
             f"attention masks of type {type(mask).__name__} cannot be cut. Load the model with attn_implementation='sdpa', 'eager' or "
             "'flash_attention_2'."
         )
+    rows, columns, columns_valid = (None if part is None else part.to(mask.device) for part in (rows, columns, columns_valid))
+    assert columns is not None
     batch = columns.shape[0]
     if mask.dim() == 2:                                                  # flash attention: padding only
         cut = torch.gather(mask.expand(batch, -1), 1, columns)

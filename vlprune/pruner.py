@@ -91,6 +91,19 @@ class Session:
         """Current length of the (padded) rows."""
         return max(self.lengths)
 
+    def move(self, device: torch.device) -> None:
+        """Follow the hidden states to the device of the next layers (``device_map``); free where they are there already."""
+        if device == self.device:
+            return
+        self.device = device
+        self.memo.clear()
+        self.index = None if self.index is None else self.index.to(device)
+        self.valid = None if self.valid is None else self.valid.to(device)
+        self.signals = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in self.signals.items()}
+        for state in self.items:
+            state.slots, state.original = state.slots.to(device), state.original.to(device)
+            state.sizes = None if state.sizes is None else state.sizes.to(device)
+
     def real_tokens(self) -> Tensor:
         """(B, Lc) bool: entries that are neither padding nor filler."""
         key = ("real", id(self.index))
@@ -133,6 +146,7 @@ class Session:
 
     def reduce(self, stage: Stage, hidden: Tensor, collect: Collect) -> Tensor | None:
         """Run a stage on ``hidden`` (B, Lc, D); returns the shortened hidden states, or ``None`` if everything stays."""
+        self.move(hidden.device)
         before = [state.slots.numel() for state in self.items]
         chosen: list[tuple[list[ItemState], Selection, Reduced]] = []
         for group in self.groups():
@@ -282,9 +296,9 @@ class Session:
         """Put the rows that left back in their places, newest cut first, each with the state it left with."""
         for cut in reversed(list(self.cuts if cuts is None else cuts)):
             if cut.last is not None:                    # repeated entries must write the same value
-                hidden = gather_tokens(hidden, cut.last)
-            places = cut.order[..., None].expand(-1, -1, hidden.shape[-1])
-            hidden = cut.before.to(hidden.dtype).scatter(1, places, hidden)
+                hidden = gather_tokens(hidden, cut.last.to(hidden.device))
+            places = cut.order.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
+            hidden = cut.before.to(hidden).scatter(1, places, hidden)
         return hidden
 
     def bring_back(self, layer: int, hidden: Tensor) -> Tensor:
