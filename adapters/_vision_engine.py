@@ -333,6 +333,8 @@ class VisionEngine:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = args[0] if args else kwargs["hidden_states"]
             hidden = arrived = given.transpose(0, 1) if self.sequence_first else given
+            if number == 0:
+                _sequence.check_checkpointing(module)
             session = self._start(hidden) if number == 0 else self.session
             if session is None:
                 return None

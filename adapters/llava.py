@@ -7,6 +7,7 @@ is a whole image (all its tiles and newlines) or a whole video; newline tokens c
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +21,7 @@ from vlprune.hooks import HookSet
 from vlprune.method import ModelFacts
 from vlprune.protocols import Tap
 from vlprune.pruner import Pruner
-from vlprune.tokens import raster_grid, square_grid
+from vlprune.tokens import VisualItem, raster_grid, square_grid
 
 
 class LlavaAdapter(VisionLanguageAdapter):
@@ -131,7 +132,8 @@ class LlavaAdapter(VisionLanguageAdapter):
     def features_of(self, modality: str, output: Any, arguments: dict[str, Any], signals: dict[Tap, Tensor]) -> Features:
         """Items and their signals, in the order of the packed tokens."""
         lengths = item_lengths(output)
-        frames = int(arguments["pixel_values_videos"].shape[1]) if modality == "video" and "pixel_values_videos" in arguments else 1
+        pixels = arguments.get("pixel_values_videos", arguments.get("pixel_values"))     # the second name in transformers 5.17
+        frames = int(pixels.shape[1]) if modality == "video" and isinstance(pixels, Tensor) else 1
         packed = self.pruner.vision.get("packed")
         segments, tokens = self.pruner.vision.get("tower", (0, 0))
         separators = self.pruner.vision.get("separators") or [None] * len(lengths)
@@ -154,6 +156,17 @@ class LlavaAdapter(VisionLanguageAdapter):
             found.signals[tap] = [_fill_separators(part[:, start : start + width], part[:, -1]) for part in items]
             start += width
         return found
+
+    def _items(self, modality: str, mask: Tensor, output: Any, found: Features) -> list[tuple[VisualItem, Features, int]]:
+        """transformers 5.17 appends the newline of a OneVision video after encoding: one separator more an item."""
+        lengths = item_lengths(output)
+        if modality == "video" and int(mask.sum()) == sum(lengths) + len(lengths):
+            newline = torch.tensor([[0, -1, -1]])
+            grids = [None if grid is None else torch.cat([grid, newline]) for grid in found.grids]
+            signals = {tap: [torch.cat([part, part.amin(dim=0, keepdim=True)]) for part in parts] for tap, parts in found.signals.items()}
+            found = replace(found, lengths=[length + 1 for length in found.lengths], grids=grids, signals=signals)
+            output = [torch.empty(length + 1, 1, device="meta") for length in lengths]
+        return super()._items(modality, mask, output, found)
 
     @staticmethod
     def _video_grid(length: int, frames: int) -> Tensor | None:

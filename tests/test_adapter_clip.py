@@ -310,10 +310,21 @@ def test_gradient_checkpointing_of_transformers(name: str) -> None:
             enable()
         with vlprune.apply(model, "cls_attention", keep=0.4, layers=(1, 3)):
             model.zero_grad()
+            if checkpointing and transformers_replays_hooks():
+                with pytest.raises(UnsupportedCallError, match="Update transformers"):
+                    model(pixel_values=pixels)
+                return
             model(pixel_values=pixels).pooler_output.square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def transformers_replays_hooks() -> bool:
+    """Before checkpointing moved inside the hooks."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" in vars(GradientCheckpointingLayer)
 
 
 @pytest.mark.parametrize("name", ["timm_token", "open_clip_clip", "open_clip_timm"])

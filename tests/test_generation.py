@@ -49,6 +49,8 @@ def test_beam_search_and_return_sequences(method: str, options: dict[str, Any]) 
 def test_sampled_sequences_of_one_prompt(method: str, options: dict[str, Any]) -> None:
     """``num_return_sequences`` with sampling repeats prompts after the features were encoded."""
     family, model = tiny()
+    if not hasattr(type(model), "_expand_multimodal_outputs"):
+        pytest.skip("this version of transformers repeats single pictures, which mixes up rows with different numbers of them")
     with vlprune.apply(model, method, keep=0.4, **options) as handle:
         torch.manual_seed(0)
         out = generate(model, family.prompt(ROWS), do_sample=True, num_return_sequences=3)
