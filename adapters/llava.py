@@ -158,7 +158,7 @@ class LlavaAdapter(VisionLanguageAdapter):
         return found
 
     def _items(self, modality: str, mask: Tensor, output: Any, found: Features) -> list[tuple[VisualItem, Features, int]]:
-        """transformers 5.17 appends the newline of a OneVision video after encoding: one separator more an item."""
+        """Transformers 5.17 appends the newline of a OneVision video after encoding: one separator more an item."""
         lengths = item_lengths(output)
         if modality == "video" and int(mask.sum()) == sum(lengths) + len(lengths):
             newline = torch.tensor([[0, -1, -1]])

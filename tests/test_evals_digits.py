@@ -161,7 +161,7 @@ def test_packed_questions_equal_single_questions():
     model = T.new_model(processor).eval()
     make = T.QuestionBatches(processor.tokenizer)
     images, (ids, targets, owner, kept, weights) = make(range(1))
-    s = T.D.scene("train", 10_000_000, digits=(2, 6), warp=1.2)
+    s = make.scene(10_000_000)
     assert np.array_equal(images[0].numpy(), s.image)
     with torch.no_grad():
         features = T.tower_features(model.model.vision_tower, T.to_pixels(images))
