@@ -13,10 +13,9 @@ from torch import nn
 
 from vlprune.adapter import Adapter, find_adapter
 from vlprune.budget import Budget, Keep
-from vlprune.errors import AlreadyAppliedError, MissingSignalError, OptionError, UnsupportedPointError, VlpruneError, unknown
+from vlprune.errors import AlreadyAppliedError, MissingSignalError, OptionError, UnsupportedPointError, unknown
 from vlprune.hooks import HookSet
 from vlprune.method import MethodCard, ModelFacts, PruningMethod, Stage
-from vlprune.points import VisionLayer
 from vlprune.pruner import Pruner
 from vlprune.registry import get_method
 from vlprune.report import Report, make_report
@@ -189,4 +188,4 @@ def _ranges(labels: list[str]) -> str:
     return ", ".join(members[0] if len(members) == 1 else f"{members[0]} ... {members[-1]}" for members in groups.values())
 
 
-__all__ = ["PruneHandle", "VisionLayer", "VlpruneError", "apply"]
+__all__ = ["POSITIONS", "PruneHandle", "apply", "build_method", "check_stages"]

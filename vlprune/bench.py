@@ -49,7 +49,8 @@ class Shape:
     dtype: str = "float32"
 
 
-#: ``cpu``: the default. The others are the shapes of published models, for a GPU.
+#: ``cpu``: the default. The others have the widths and depths of published models, for a GPU; the architecture is LLaVA's in all of
+#: them, also where the widths are Qwen's (grouped keys, but one-dimensional positions and a plain tower).
 SHAPES = {
     "cpu": Shape(12, 1024, 16, 16, 2752, 9, 256, 4, 1600),
     "tiny": Shape(4, 128, 4, 4, 344, 4, 64, 2, 400, 16),
