@@ -286,12 +286,13 @@ class DecoderEngine:
         """Recorded hidden states come back at full length too."""
         session = self.pruner.session
         states = getattr(output, "hidden_states", None)
-        if session is None or not session.cuts or states is None:
+        if session is None or not session.history or states is None:
             return None
         full = session.layout.length
         restored = []
-        for number, state in enumerate(states):              # entry i is the input of layer i
-            cuts = [cut for cut in session.cuts if cut.layer < number or (number == 0 and cut.layer == 0)]
+        for number, state in enumerate(states):              # entry i left layer i - 1; the first one entered layer 0
+            layer = max(number - 1, 0)
+            cuts = [cut for cut in session.history if cut.layer <= layer and (cut.restore is None or cut.restore > layer)]
             restored.append(state if state is None or state.shape[1] == full else session.restore(state, cuts))
         output.hidden_states = tuple(restored)
         return output

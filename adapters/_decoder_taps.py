@@ -94,11 +94,11 @@ class DecoderTaps:
         if rotary is not None:
             cos, sin = (_rows_of(part, rows, slots) for part in rotary)
             queries = _attention.rotate(attn, queries, cos, sin)
-        keys, past = self._keys(attn, states, rotary, entry, ran)
+        keys, past = self._keys(session, attn, states, rotary, entry, ran)
         causal = bool(getattr(attn, "is_causal", True))
         filler = session.valid if past == 0 else None
         allowed = _attention.mask_rows(kwargs.get("attention_mask"), slots, rows, past, keys.shape[2], filler, causal)
-        own_keys = keys if keys.shape[0] == rows.shape[0] and len({s.item.row for s in group}) == len(group) and _in_order(group) else keys[rows]
+        own_keys = keys if keys.shape[0] == len(group) and _in_order(group) else keys[rows]
         probabilities = _attention.attention_rows(attn, queries, own_keys, allowed)      # (G, T, S)
         received = (probabilities * weights[..., None]).sum(dim=1)                       # (G, S)
         columns = torch.stack([state.slots for state in group]) + past
@@ -124,7 +124,7 @@ class DecoderTaps:
             session.memo[key] = tuple(x.to(session.device, non_blocking=True) for x in (rows, positions, weights))
         return session.memo[key]  # type: ignore[no-any-return]
 
-    def _keys(self, attn: nn.Module, states: Tensor, rotary: Any, entry: Any, ran: bool) -> tuple[Tensor, int]:
+    def _keys(self, session: Session, attn: nn.Module, states: Tensor, rotary: Any, entry: Any, ran: bool) -> tuple[Tensor, int]:
         """(B, Hkv, S, d) rotated keys, past ones first, and how many are past."""
         stored = entry.stored_keys() if isinstance(entry, PrunedLayer) else None
         if ran and stored is not None:
@@ -132,7 +132,7 @@ class DecoderTaps:
         keys = _attention.project(attn, states, "k")
         if rotary is not None:
             keys = _attention.rotate(attn, keys, *rotary)
-        if not isinstance(entry, PrunedLayer) or entry.length == 0 or (ran and entry.length == states.shape[1]):
+        if not isinstance(entry, PrunedLayer) or session.trace.past_length == 0:
             return keys, 0
         if stored is None:
             raise UnsupportedCallError(

@@ -64,7 +64,6 @@ class VisionSession(Session):
         grid: (N, 3) frame, row and column of every patch on the device, or ``None``.
         original: (B, n) numbers of the patches still there. sizes: (B, n) what each stands for, or ``None``.
         recording: every block hands out full length.
-        history: every cut of the call, also those of skips that ended.
     """
 
     prefix: int = 0
@@ -73,7 +72,6 @@ class VisionSession(Session):
     sizes: Tensor | None = None
     recording: bool = False
     published: bool = False
-    history: list[Cut] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Every patch is there."""

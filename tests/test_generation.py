@@ -205,6 +205,32 @@ def test_quantized_cache(method: str, options: dict[str, Any]) -> None:
     torch.testing.assert_close(out.logits[1], expected.logits[1], rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("method", ["fastv", "todre", "transprune"])
+def test_caches_that_hide_their_keys(method: str) -> None:
+    """A first turn never needs the stored keys; the choice is the one made without a cache."""
+    from transformers import cache_utils
+
+    class Hidden(getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)):  # type: ignore[misc]
+        """Counts as quantized: nobody may read its keys, only what `update` returns."""
+
+        def __init__(self) -> None:
+            cache_utils.DynamicLayer.__init__(self)
+
+        update = cache_utils.DynamicLayer.update
+        lazy_initialization = cache_utils.DynamicLayer.lazy_initialization
+        get_seq_length = cache_utils.DynamicLayer.get_seq_length
+        _quantize = _dequantize = None
+
+    family, model = tiny()
+    prompt = family.prompt(ROWS)
+    with vlprune.apply(model, method, keep=0.4) as handle, torch.no_grad():
+        expected = model(**prompt, use_cache=False).logits
+        kept = handle.report().to_dict()["points"]
+        logits = model(**prompt, past_key_values=cache_utils.Cache(layers=[Hidden() for _ in range(4)])).logits
+        assert handle.report().to_dict()["points"] == kept
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_hybrid_caches_are_refused() -> None:
     """Recurrent layers have no entries to leave out."""
     from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer

@@ -81,6 +81,8 @@ def test_a_skip_brings_the_rows_back() -> None:
         kept = handle.report().points[0].keep_indices[0]
         assert [layer.stored_keys().shape[2] for layer in skipped.past_key_values.layers][1] < 43 + 3
         assert [layer.stored_keys().shape[2] for layer in skipped.past_key_values.layers][2] == 43 + 3
+        states = model(**prompt, output_hidden_states=True).hidden_states
+        assert [state.shape[1] for state in states] == [43] * 5
     stays = torch.zeros(36, dtype=torch.bool)
     stays[kept] = True
 

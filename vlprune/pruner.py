@@ -72,6 +72,7 @@ class Session:
     gone: list[int] = field(default_factory=list)       # tokens of each row that left; padding not counted
     items: list[ItemState] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
+    history: list[Cut] = field(default_factory=list)    # every cut of the call, also those of skips that ended
     signals: dict[Any, Any] = field(default_factory=dict)
     nan_flags: list[tuple[str, Tensor]] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
@@ -287,6 +288,7 @@ class Session:
             if id(state) not in touched:
                 state.slots = rank[state.item.row, state.slots]
         self.cuts.append(Cut(order, hidden, stage.point.layer, stage.restore, last, undo))
+        self.history.append(self.cuts[-1])
         self.index = order if self.index is None else torch.gather(self.index, 1, order)
         self.valid, self.lengths, self.pads = valid, lengths, pads
         self.gone = [before + now for before, now in zip(self.gone, gone, strict=True)]

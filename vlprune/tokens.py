@@ -67,11 +67,12 @@ class TokenLayout:
         return self.valid
 
     def text_after(self, item: VisualItem) -> Tensor:
-        """Positions (T,) of the text tokens after this item in its row (all text of the row if none follows)."""
+        """Positions (T,) of the text tokens after this item in its row; all text of the row if none follows; without text its last token."""
         text = self.valid_mask()[item.row] & ~self.visual_mask()[item.row]
         after = text.clone()
         after[: int(item.positions[-1]) + 1] = False
-        return torch.nonzero(after if bool(after.any()) else text).flatten()
+        found = torch.nonzero(after if bool(after.any()) else text).flatten()
+        return found if found.numel() else torch.tensor([self.last_token(item.row)])
 
     def last_token(self, row: int) -> int:
         """Position of the last token of a row that is not padding."""
