@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
-FUNCTIONS = ["hiprune", "hiprune_qwen", "transprune", "fastv", "evs"]
-MODELS = ["hiprune", "transprune", "fastv", "hiprune_qwen25vl"]
+FUNCTIONS = sorted(path.stem for path in (ROOT / "tests" / "reference" / "functions").glob("[!_]*.py"))
+MODELS = sorted(path.stem for path in (ROOT / "tests" / "reference" / "models").glob("[!_]*.py"))
 
 
 def check(script: str, folder: Path) -> None:

@@ -5,21 +5,45 @@ Shapes: B visual items of equal size in one call, N visual tokens of an item, K 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from vlprune.errors import MissingSignalError
 
-#: What can be tapped. Vision: ``column_mean`` (attention received: mean over heads and over all queries, CLS included),
-#: ``cls_row`` (head-mean attention row of CLS), ``vision_keys`` (head-mean keys). Decoder: ``last_row`` (head-mean attention
-#: row of the last prompt token), ``text_rows`` (mean of such rows over all text tokens after the item), ``text_mass``
-#: (mean share of attention that those text tokens pay to the item), ``transition`` (module input against output).
-TAP_KINDS = ("column_mean", "cls_row", "vision_keys", "last_row", "text_rows", "text_mass", "transition")
-VISION_KINDS = ("column_mean", "cls_row", "vision_keys")
+#: What can be tapped in a vision tower, with the shape for an item of N tokens. In towers with a merger (Qwen-VL) a visual token's value is the
+#: mean over its patches.
+VISION_KINDS: dict[str, str] = {
+    "column_mean": "(N,) attention received: mean over heads and over all queries, CLS included",
+    "cls_row": "(N,) head-mean attention row of CLS",
+    "cls_row_wide": "(N,) attention row of CLS with all heads as one: softmax of q.k over the whole width, divided by its root",
+    "received_from": "(N,) head-mean attention received from the queries whose own column sum is above options[0] times the mean",
+    "vision_keys": "(N, d) head-mean keys",
+    "vision_keys_all": "(N, H d) keys of all heads, side by side",
+    "vision_states": "(N, Dv) output of the block: what the projector gets, for the feature layer",
+    "cls_state": "(N, Dv) output of the block at CLS, the same for every token",
+    "pixels": "(N, 3 p p) the patch of the picture, as given to the tower, channel by channel; layer is ignored",
+    "sensitivity": "(N,) how much the projector's output moves with its input; layer is ignored, options as in `vlprune.kernels.sensitivity`",
+}
+#: What can be tapped in a decoder. ``text_*`` are aligned with the T text tokens after the item (`ScoreInputs.text_valid`).
+DECODER_KINDS: dict[str, str] = {
+    "last_row": "(N,) head-mean attention row of the last prompt token",
+    "text_rows": "(N,) mean of such rows over the text tokens after the item",
+    "text_mass": "(N,) mean share of attention that those text tokens pay to the item, the same for every token",
+    "text_max": "(N,) largest attention weight over heads and over those text tokens",
+    "rater_rows": "(N,) mean of such rows over the text raters: tokens that the item's embeddings point at more than at the average text token",
+    "rater_rows_plus": "(N,) the same over the options[0] heads with most such attention, divided by the attention that positions alone would give",
+    "transition": "(N, 6) module input against output: size ratio, cosine and denominator of attention and MLP",
+    "key_l1": "(N,) L1 norm of the rotated keys of all heads",
+    "normed": "(N, D) the decoder's final norm applied to the hidden states at the point; layer is ignored",
+    "text_states": "(T, D) hidden states at the point; layer is ignored",
+    "text_normed": "(T, D) the decoder's final norm applied to them; layer is ignored",
+    "text_key_l1": "(T,) L1 norm of the rotated keys of all heads",
+}
+TAP_KINDS = (*VISION_KINDS, *DECODER_KINDS)
 
 
 @dataclass(frozen=True)
@@ -30,10 +54,12 @@ class Tap:
         kind: one of ``TAP_KINDS``.
         layer: 0-based block the signal is read from. Decoder attention taps at a layer that has not run when the point
             is reached are *probes*: that layer's own norm and projections applied to the point's input.
+        options: numbers that the kind takes, if any.
     """
 
     kind: str
     layer: int
+    options: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in TAP_KINDS:
@@ -45,7 +71,7 @@ class Tap:
         return "vision" if self.kind in VISION_KINDS else "decoder"
 
     def __str__(self) -> str:
-        return f"{self.kind}@{self.tower}:{self.layer}"
+        return f"{self.kind}@{self.tower}:{self.layer}" + (f"{list(self.options)}" if self.options else "")
 
 
 @dataclass(frozen=True)
@@ -59,8 +85,11 @@ class ScoreInputs:
         original: (B, N) each token's number within its item before any reduction.
         num_original: number of tokens of each item before any reduction.
         modality: ``"image"``, ``"video"`` (or ``"text"``).
-        signals: the tensors asked for, keyed by tap; (B, N) or (B, N, C), float32.
+        signals: the tensors asked for, keyed by tap; (B, N) or (B, N, C), float32; ``text_*`` signals (B, T) or (B, T, C).
         sizes: (B, N) how many original tokens each token stands for, or ``None`` if one each.
+        text_valid: (B, T) which entries of ``text_*`` signals are text tokens after the item, others are filler; ``None`` if none were asked for.
+        project: the model's projector, features (B, K, Dv) as in ``vision_states`` of the feature layer to tokens (B, K, D), where one feature
+            becomes one token and nothing is done to it afterwards; ``None`` elsewhere (tiles, pooled frames, mergers of several patches).
     """
 
     tokens: Tensor
@@ -71,6 +100,8 @@ class ScoreInputs:
     modality: str = "image"
     signals: Mapping[Tap, Tensor] = field(default_factory=dict)
     sizes: Tensor | None = None
+    text_valid: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
 
     def signal(self, tap: Tap) -> Tensor:
         """Return the signal asked for in ``needs``; (B, N) or (B, N, C), float32."""

@@ -10,9 +10,9 @@ Compared: kept tokens index for index, logits of every step to 1e-4, decoded tok
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +22,14 @@ from safetensors.torch import load_file
 import vlprune
 
 TOLERANCE = 1e-4
+HERE = Path(__file__).resolve().parent
+if str(HERE) not in sys.path:
+    sys.path.insert(0, str(HERE))
 
 
-def fastv(meta: dict[str, Any]) -> dict[str, Any]:
-    """R is the share that leaves."""
-    return {"method": "fastv", "keep": 1 - meta["R"], "layer": meta["drop_before_layer_0based"]}
-
-
-def transprune(meta: dict[str, Any]) -> dict[str, Any]:
-    """Layers after which = 0-based layer before which; accumulated layers are 1-based."""
-    accumulate = tuple(layer - 1 for layer in meta["accumulate_layers_1based"])
-    return {"method": "transprune", "keep": tuple(meta["ratios"]), "layers": tuple(meta["prune_after_layers_1based"]), "accumulate": accumulate}
-
-
-def hiprune(meta: dict[str, Any]) -> dict[str, Any]:
-    """The object layer is 1-based there."""
-    return {"method": "hiprune", "keep": meta["K"], "alpha": meta["alpha"], "object_layer": meta["object_layer_1based"] - 1}
-
-
-def hiprune_qwen25vl(meta: dict[str, Any]) -> dict[str, Any]:
-    """Sum scores: where the stored case lost tokens to the subtraction, subtract as it did (1 of a sum over 4N queries)."""
-    lost = {"subtract": 1 / (4 * meta["n_visual"])} if meta["kept"] < meta["K"] else {}
-    return {**hiprune(meta), **lost}
-
-
-METHODS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "fastv": fastv,
-    "transprune": transprune,
-    "hiprune": hiprune,
-    "hiprune_qwen25vl": hiprune_qwen25vl,
-}
+def options_of(name: str, meta: dict[str, Any]) -> dict[str, Any]:
+    """Method, keep and options of a case, from ``models/NAME.py``."""
+    return dict(importlib.import_module(f"models.{name}").options(meta))
 
 
 def load_model(folder: Path) -> torch.nn.Module:
@@ -113,7 +91,7 @@ def main() -> int:
         if not cases:
             continue
         name = json.loads((cases[0] / "meta.json").read_text()).get("method", folder.name)
-        if name not in METHODS:
+        if not (HERE / "models" / f"{name}.py").exists():
             print(f"{name:<20} missing  ({len(cases)} cases)")
             failed |= arguments.strict
             continue
@@ -121,7 +99,7 @@ def main() -> int:
         for case in cases:
             meta = json.loads((case / "meta.json").read_text())
             try:
-                mismatch = check_case(case, METHODS[name](meta), meta["positions"])
+                mismatch = check_case(case, options_of(name, meta), meta["positions"])
             except Exception as error:
                 mismatch = f"{type(error).__name__}: {error}"
             passed += not mismatch
