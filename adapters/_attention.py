@@ -74,7 +74,7 @@ def scale_of(attn: nn.Module, head_dim: int) -> float:
 
 
 def attention_rows(attn: nn.Module, queries: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
-    """Head-mean attention rows, softmax in float32.
+    """Attention rows of a few queries, softmax in float32.
 
     Args:
         attn: the module, for its scale and soft cap.
@@ -83,7 +83,7 @@ def attention_rows(attn: nn.Module, queries: Tensor, keys: Tensor, allowed: Tens
         allowed: (G, 1, T, S) bool or additive mask, or ``None``.
 
     Returns:
-        (G, T, S) float32; every row sums to one.
+        (G, H, T, S) float32; every row sums to one.
     """
     groups = queries.shape[1] // keys.shape[1]
     scale = scale_of(attn, queries.shape[-1])
@@ -94,7 +94,7 @@ def attention_rows(attn: nn.Module, queries: Tensor, keys: Tensor, allowed: Tens
         logits = torch.tanh(logits / cap) * cap
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf")) if allowed.dtype == torch.bool else logits + allowed.float()
-    return logits.softmax(dim=-1).mean(dim=1)
+    return logits.softmax(dim=-1)
 
 
 def column_mean(queries: Tensor, keys: Tensor, scale: float, lengths: list[int] | None = None) -> Tensor:
@@ -112,15 +112,34 @@ def column_mean(queries: Tensor, keys: Tensor, scale: float, lengths: list[int] 
     if lengths is not None:
         parts = zip(queries.split(lengths, dim=2), keys.split(lengths, dim=2), strict=True)
         return torch.cat([column_mean(q, k, scale) for q, k in parts], dim=1)
+    return column_sum(queries, keys, scale) / queries.shape[2]
+
+
+def column_sum(queries: Tensor, keys: Tensor, scale: float, weights: Tensor | None = None) -> Tensor:
+    """(B, S) float32: head-mean attention received from all queries, each counted with its ``weights`` (B, S); in chunks of query rows."""
     batch, heads, length, _ = queries.shape
     queries, keys_t = queries.float() * scale, keys.float().transpose(-1, -2)
     received = torch.zeros(batch, heads, length, device=queries.device)
     limit = CHUNK_LOGITS.get(queries.device.type, CHUNK_LOGITS_ELSEWHERE)
     rows = max(1, min(length, limit // max(1, batch * heads * length)))
     for start in range(0, length, rows):
-        logits = queries[:, :, start : start + rows] @ keys_t                            # (B, H, rows, S)
-        received += logits.softmax(dim=-1).sum(dim=2)
-    return received.mean(dim=1) / length
+        attention = (queries[:, :, start : start + rows] @ keys_t).softmax(dim=-1)       # (B, H, rows, S)
+        received += attention.sum(dim=2) if weights is None else (attention * weights[:, None, start : start + rows, None]).sum(dim=2)
+    return received.mean(dim=1)
+
+
+def received_from(queries: Tensor, keys: Tensor, scale: float, lengths: list[int] | None, share: float, how: str) -> Tensor:
+    """Attention received from the queries that are themselves attended to: those whose column sum exceeds ``share`` times the mean.
+
+    ``how``: ``"mean"`` or ``"sum"`` over these queries. Where none exceeds it, the most attended one is asked alone.
+    """
+    if lengths is not None:
+        parts = zip(queries.split(lengths, dim=2), keys.split(lengths, dim=2), strict=True)
+        return torch.cat([received_from(q, k, scale, None, share, how) for q, k in parts], dim=1)
+    received = column_sum(queries, keys, scale)
+    asked = (received > share * received.mean(dim=1, keepdim=True)) | (received == received.amax(dim=1, keepdim=True))
+    found = column_sum(queries, keys, scale, asked.float())
+    return found / asked.sum(dim=1, keepdim=True) if how == "mean" else found
 
 
 def mask_rows(mask: Any, slots: Tensor, rows: Tensor, past: int, num_keys: int, key_valid: Tensor | None, causal: bool = True) -> Tensor:

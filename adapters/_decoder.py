@@ -23,6 +23,12 @@ from vlprune.protocols import Tap
 from vlprune.pruner import Collect, ItemState, Pruner, Session
 
 
+def final_norm(decoder: nn.Module) -> nn.Module | None:
+    """The norm behind the last layer."""
+    named = (getattr(decoder, name, None) for name in ("norm", "final_layernorm", "ln_f"))
+    return next((module for module in named if isinstance(module, nn.Module)), None)
+
+
 class DecoderEngine:
     """The stages, taps and skips of a method on one decoder.
 
@@ -35,7 +41,7 @@ class DecoderEngine:
         self.decoder, self.pruner = decoder, pruner
         self.layers: list[nn.Module] = list(decoder.layers)  # type: ignore[arg-type]
         self.stages = pruner.stages("decoder")
-        self.taps = DecoderTaps(self.layers, pruner)
+        self.taps = DecoderTaps(self.layers, pruner, final_norm(decoder))
         self.causal = bool(getattr(attention_of(self.layers[0]), "is_causal", True))
         self.renumber = pruner.positions == "renumber" and bool(self.stages)
         if self.renumber and not can_renumber:
@@ -94,6 +100,8 @@ class DecoderEngine:
                     return None
                 return args, self._cut_decode(kwargs, entry, hidden)
             hidden = session.bring_back(number, hidden)
+            if number == 0:
+                self.taps.note_raters(session, hidden)
             for stage in stages:
                 shortened = session.reduce(stage, hidden, self._collector(session, number, kwargs, entry, hidden))
                 hidden = hidden if shortened is None else shortened
@@ -124,10 +132,11 @@ class DecoderEngine:
 
     def _collector(self, session: Session, number: int, kwargs: dict[str, Any], entry: PrunedLayer | None, hidden: Tensor) -> Collect:
         def collect(tap: Tap, group: list[ItemState]) -> Tensor:
-            if tap.tower == "decoder" and tap.layer == number:
-                current = self._cut_prefill(session, kwargs, entry, None, expect=False)
-                return self.taps.probe(session, tap, group, current, entry, hidden)
-            return torch.stack([session.signals[tap, id(state.item)][state.original] for state in group])
+            if tap.tower == "vision":
+                return torch.stack([session.signals[tap, id(state.item)][state.original] for state in group])
+            return self.taps.collect(
+                session, tap, group, lambda: self._cut_prefill(session, kwargs, entry, None, expect=False), entry, hidden, number
+            )
 
         return collect
 

@@ -15,7 +15,12 @@ from vlprune.hooks import HookSet
 from vlprune.protocols import Tap
 from vlprune.pruner import ItemState, Pruner, Session
 
-ROW_KINDS = ("last_row", "text_rows", "text_mass")
+#: Attention rows of text tokens, onto the item's columns.
+ROW_KINDS = ("last_row", "text_rows", "text_mass", "text_max", "rater_rows", "rater_rows_plus")
+RATER_KINDS = ("rater_rows", "rater_rows_plus")
+KEY_KINDS = ("key_l1", "text_key_l1")
+#: Made from the hidden states at the point; no layer is looked into.
+STATE_KINDS = ("normed", "text_states", "text_normed", "text_valid")
 
 
 def attention_of(layer: nn.Module) -> nn.Module:
@@ -30,18 +35,18 @@ def attention_of(layer: nn.Module) -> nn.Module:
 class DecoderTaps:
     """Collects what the stages of a method want to know about decoder layers."""
 
-    def __init__(self, layers: list[nn.Module], pruner: Pruner) -> None:
-        self.layers, self.pruner = layers, pruner
+    def __init__(self, layers: list[nn.Module], pruner: Pruner, norm: nn.Module | None = None) -> None:
+        self.layers, self.pruner, self.norm = layers, pruner, norm
         self.first_use = pruner.taps("decoder")
 
     def attach(self, hooks: HookSet) -> None:
         """Hook the layers that run before the point that looks; a tap at the point's own layer is probed there."""
         for tap, point_layer in self.first_use.items():
-            if tap.layer >= point_layer:
+            if tap.layer >= point_layer or tap.kind in STATE_KINDS:
                 continue
             layer = self.layers[tap.layer]
-            if tap.kind in ROW_KINDS:
-                hooks.after(attention_of(layer), self._clocked(self._rows_hook(tap)))
+            if tap.kind in (*ROW_KINDS, *KEY_KINDS):
+                hooks.after(attention_of(layer), self._clocked(self._attention_hook(tap)))
             else:
                 hooks.after(attention_of(layer), self._clocked(self._transition_hook(tap, 0)))
                 hooks.after(layer.mlp, self._clocked(self._transition_hook(tap, 3)))  # type: ignore[arg-type]
@@ -53,22 +58,53 @@ class DecoderTaps:
 
         return timed
 
-    def probe(self, session: Session, tap: Tap, group: list[ItemState], kwargs: dict[str, Any], entry: PrunedLayer | None, hidden: Tensor) -> Tensor:
-        """(G, n) attention of a layer that has not run yet, from its own norm and projections on its input."""
-        layer = self.layers[tap.layer]
-        if tap.kind not in ROW_KINDS:
-            raise UnsupportedCallError(f"signal {tap} needs the layer to have run; ask for an earlier layer")
-        states = layer.input_layernorm(hidden)  # type: ignore[operator]
-        return self._rows(session, tap, group, attention_of(layer), states, kwargs, entry, ran=False)
+    def collect(
+        self, session: Session, tap: Tap, group: list[ItemState], kwargs: Callable[[], dict[str, Any]], entry: PrunedLayer | None, hidden: Tensor, number: int
+    ) -> Tensor:
+        """A decoder signal (G, n, ...) or (G, T, ...) for the point at the input of layer ``number``; ``kwargs()`` are that layer's, cut."""
+        if tap.kind in STATE_KINDS:
+            return self._states(session, tap, group, hidden)
+        if tap.layer == number:                                          # has not run yet: its own norm and projections on the point's input
+            if tap.kind == "transition":
+                raise UnsupportedCallError(f"signal {tap} needs the layer to have run; ask for an earlier layer")
+            layer = self.layers[tap.layer]
+            states = layer.input_layernorm(hidden)  # type: ignore[operator]
+            return self._look(session, tap, group, attention_of(layer), states, kwargs(), entry, ran=False)
+        stored = [session.signals[tap, id(state.item)] for state in group]
+        if not tap.kind.startswith("text_key"):
+            return torch.stack([values[state.original] for values, state in zip(stored, group, strict=True)])
+        most = max(values.shape[0] for values in stored)
+        return torch.stack([torch.cat([values, values[-1:].expand(most - values.shape[0])]) for values in stored])
+
+    def _states(self, session: Session, tap: Tap, group: list[ItemState], hidden: Tensor) -> Tensor:
+        """Hidden states at the point, of the item or of the text after it, as they are or behind the decoder's final norm."""
+        rows, positions, weights = self._queries(session, tap, group)
+        if tap.kind == "text_valid":
+            return weights > 0
+        slots = torch.stack([state.slots for state in group]) if tap.kind == "normed" else session.slots_of(rows, positions)
+        states = hidden[rows[:, None], slots]
+        if tap.kind == "text_states":
+            return states.float()
+        if self.norm is None:
+            raise UnsupportedModelError(f"signal {tap}: looked for the decoder's final norm (norm, final_layernorm or ln_f) and did not find it")
+        return self.norm(states).float()  # type: ignore[no-any-return]
 
     def _store(self, session: Session, tap: Tap, group: list[ItemState], values: Tensor) -> None:
         """Keep (G, n, ...) values by original number, so that later stages can look after further drops."""
+        if tap.kind.startswith("text_key"):
+            for state, value, count in zip(group, values, self._text_counts(session, group), strict=True):
+                session.signals[tap, id(state.item)] = value[:count]
+            return
         for state, value in zip(group, values, strict=True):
             full = value.new_zeros(state.item.num_tokens, *value.shape[1:])
             full[state.original] = value
             session.signals[tap, id(state.item)] = full
 
-    def _rows_hook(self, tap: Tap) -> Callable[..., Any]:
+    @staticmethod
+    def _text_counts(session: Session, group: list[ItemState]) -> list[int]:
+        return [int(session.layout.text_after(state.item).numel()) for state in group]
+
+    def _attention_hook(self, tap: Tap) -> Callable[..., Any]:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             session = self.pruner.session
@@ -78,36 +114,67 @@ class DecoderTaps:
             layers = getattr(kwargs.get("past_key_values"), "layers", None)
             entry = layers[tap.layer] if layers else None
             for group in session.groups():
-                values = self._rows(session, tap, group, module, states, kwargs, entry, ran=True)
+                values = self._look(session, tap, group, module, states, kwargs, entry, ran=True)
                 self._store(session, tap, group, values)
 
         return hook
 
-    def _rows(
+    def _look(
         self, session: Session, tap: Tap, group: list[ItemState], attn: nn.Module, states: Tensor, kwargs: dict[str, Any], entry: Any, *, ran: bool
     ) -> Tensor:
+        """A signal of one attention module from its input ``states`` (B, Lc, D)."""
         session.move(states.device)
+        rotary = kwargs.get("position_embeddings")
+        keys, past = self._keys(session, attn, states, rotary, entry, ran)
         rows, positions, weights = self._queries(session, tap, group)
         slots = session.slots_of(rows, positions)                                        # (G, T)
+        columns = torch.stack([state.slots for state in group]) + past
+        if not (ran and entry is not None):
+            session.trace.scorer_flops += 2.0 * states.shape[0] * states.shape[1] * states.shape[-1] * keys.shape[1] * keys.shape[3]
+        if tap.kind in KEY_KINDS:
+            return torch.gather(keys.float().abs().sum(dim=(1, 3))[rows], 1, columns if tap.kind == "key_l1" else slots + past)
         queries = _attention.project(attn, states[rows[:, None], slots], "q")            # (G, H, T, d)
-        rotary = kwargs.get("position_embeddings")
         if rotary is not None:
             cos, sin = (_rows_of(part, rows, slots) for part in rotary)
             queries = _attention.rotate(attn, queries, cos, sin)
-        keys, past = self._keys(session, attn, states, rotary, entry, ran)
         causal = bool(getattr(attn, "is_causal", True))
         filler = session.valid if past == 0 else None
         allowed = _attention.mask_rows(kwargs.get("attention_mask"), slots, rows, past, keys.shape[2], filler, causal)
         own_keys = keys if keys.shape[0] == len(group) and _in_order(group) else keys[rows]
-        probabilities = _attention.attention_rows(attn, queries, own_keys, allowed)      # (G, T, S)
-        received = (probabilities * weights[..., None]).sum(dim=1)                       # (G, S)
-        columns = torch.stack([state.slots for state in group]) + past
-        picked = torch.gather(received, 1, columns)                                      # (G, n)
         width = queries.shape[1] * queries.shape[3]
         session.trace.scorer_flops += 2.0 * width * (rows.shape[0] * slots.shape[1] * (keys.shape[2] + states.shape[-1]))
-        if not (ran and entry is not None):
-            session.trace.scorer_flops += 2.0 * states.shape[0] * states.shape[1] * states.shape[-1] * keys.shape[1] * keys.shape[3]
-        return picked.sum(dim=1, keepdim=True).expand_as(picked) if tap.kind == "text_mass" else picked
+        attention = _attention.attention_rows(attn, queries, own_keys, allowed)          # (G, H, T, S)
+        attention = torch.gather(attention, 3, columns[:, None, None].expand(-1, *attention.shape[1:3], -1))   # (G, H, T, n)
+        if tap.kind == "text_max":
+            return attention.masked_fill(weights[:, None, :, None] == 0, 0.0).amax(dim=(1, 2))
+        if tap.kind in RATER_KINDS:
+            weights = self._rater_weights(session, group)
+        if tap.kind == "rater_rows_plus":
+            response = position_response(attn, rotary, rows, slots, columns - past, queries.shape[-1])
+            return rater_rows_plus(attention, weights, response, int(tap.options[0]))
+        received = (attention.mean(dim=1) * weights[..., None]).sum(dim=1)               # (G, n)
+        return received.sum(dim=1, keepdim=True).expand_as(received) if tap.kind == "text_mass" else received
+
+    # raters
+
+    def note_raters(self, session: Session, hidden: Tensor) -> None:
+        """Before the first layer: which text tokens each item's embeddings point at more than at the average one."""
+        if not any(tap.kind in RATER_KINDS for tap in self.first_use):
+            return
+        tap = Tap("text_states", 0)
+        for group in session.groups():
+            rows, _, weights = self._queries(session, tap, group)
+            visual = hidden[rows[:, None], torch.stack([state.slots for state in group])].float()         # (G, n, D)
+            chosen = text_raters(visual, self._states(session, tap, group, hidden), weights > 0)
+            for state, value, count in zip(group, chosen, self._text_counts(session, group), strict=True):
+                session.signals["raters", id(state.item)] = value[:count]
+
+    def _rater_weights(self, session: Session, group: list[ItemState]) -> Tensor:
+        """(G, T) one over the number of raters where a text token is one, else 0."""
+        stored = [session.signals["raters", id(state.item)] for state in group]
+        most = max(values.shape[0] for values in stored)
+        raters = torch.stack([torch.cat([values, values.new_zeros(most - values.shape[0])]) for values in stored]).float()
+        return raters / raters.sum(dim=1, keepdim=True)
 
     def _queries(self, session: Session, tap: Tap, group: list[ItemState]) -> tuple[Tensor, Tensor, Tensor]:
         """Batch rows (G,), original positions (G, T) and weights (G, T) of the text tokens that look at each item."""
@@ -165,6 +232,35 @@ class DecoderTaps:
                 self._store(session, tap, group, both[rows[:, None], slots])
 
         return hook
+
+
+def text_raters(visual: Tensor, text: Tensor, valid: Tensor) -> Tensor:
+    """(G, T) bool: text tokens (G, T, D) that get more than the average share when every visual token (G, n, D) spreads itself over the text."""
+    pointed = (visual @ text.mT).masked_fill(~valid[:, None], -torch.inf).softmax(dim=-1).mean(dim=1)     # (G, T)
+    average = pointed.sum(dim=1, keepdim=True) / valid.sum(dim=1, keepdim=True)
+    found = (pointed > average) & valid
+    return torch.where(found.any(dim=1, keepdim=True), found, valid)     # all alike (one text token): all of them
+
+
+def position_response(attn: nn.Module, rotary: Any, rows: Tensor, slots: Tensor, columns: Tensor, width: int) -> Tensor:
+    """(G, T, n) logits that positions alone would give: vectors of ones, rotated to the places of queries ``slots`` and keys ``columns``."""
+    if rotary is None:
+        raise UnsupportedCallError("rater_rows_plus divides by what rotary positions alone would give, and this decoder has no rotary positions")
+    sides = []
+    for places in (slots, columns):
+        cos, sin = (_rows_of(part, rows, places) for part in rotary)
+        sides.append(_attention.rotate(attn, cos.new_ones(*places.shape[:1], 1, places.shape[1], width), cos, sin)[:, 0].float())
+    return sides[0] @ sides[1].mT * width**-0.5
+
+
+def rater_rows_plus(attention: Tensor, weights: Tensor, response: Tensor, num_heads: int) -> Tensor:
+    """SparseVLM+: attention (G, H, T, n) over ``response`` (G, T, n), then the mean over raters and over the heads with most of it.
+
+    ``weights`` (G, T) are one over the number of raters at raters, else 0. Nothing keeps the response away from zero: as released.
+    """
+    by_head = ((attention / response[:, None]) * weights[:, None, :, None]).sum(dim=2)   # (G, H, n)
+    best = by_head.sum(dim=2).topk(min(num_heads, by_head.shape[1]), dim=1).indices
+    return by_head.gather(1, best[..., None].expand(-1, -1, by_head.shape[2])).mean(dim=1)
 
 
 def _in_order(group: list[ItemState]) -> bool:

@@ -1,8 +1,8 @@
-"""Signals from inside a vision tower: attention received, the CLS row, mean keys. One computation per block, whatever the kernel."""
+"""Signals from inside a vision tower: attention received, the CLS row, keys, states. One computation per block, whatever the kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,24 +22,46 @@ def plain_query_key(attn: nn.Module, states: Tensor, kwargs: dict[str, Any]) -> 
     return _attention.project(attn, states, "q"), _attention.project(attn, states, "k"), None
 
 
+#: Kinds that are computed from the queries and keys of a block, from what it hands on, and elsewhere (by the adapter).
+ATTENTION_KINDS = frozenset({"column_mean", "cls_row", "cls_row_wide", "received_from", "vision_keys", "vision_keys_all"})
+STATE_KINDS = frozenset({"vision_states", "cls_state"})
+CLS_KINDS = frozenset({"cls_row", "cls_row_wide", "cls_state"})
+
+
 class VisionTaps:
-    """Collects vision signals of one tower call into ``pruner.vision``, keyed by tap: (sequences, tokens) float32, prefix included.
+    """Collects vision signals of one tower call into ``pruner.vision``, keyed by tap: (sequences, tokens, ...) float32, prefix included.
 
     Args:
         attentions: the attention module of every block, in order.
         query_key: how to get rotated queries and keys from a module's input.
+        blocks: the blocks themselves, for signals made of their outputs.
     """
 
-    def __init__(self, attentions: list[nn.Module], pruner: Pruner, query_key: QueryKey = plain_query_key) -> None:
-        self.attentions, self.pruner, self.query_key = attentions, pruner, query_key
+    def __init__(self, attentions: list[nn.Module], pruner: Pruner, query_key: QueryKey = plain_query_key, blocks: Sequence[nn.Module] = ()) -> None:
+        self.attentions, self.pruner, self.query_key, self.blocks = attentions, pruner, query_key, list(blocks)
 
     def attach(self, hooks: HookSet) -> None:
         """Hook the blocks that somebody asked about."""
-        wanted: dict[int, list[Tap]] = {}
+        attention: dict[int, list[Tap]] = {}
+        states: dict[int, list[Tap]] = {}
         for tap in self.pruner.taps("vision"):
-            wanted.setdefault(tap.layer, []).append(tap)
-        for layer, taps in wanted.items():
+            if tap.kind in ATTENTION_KINDS:
+                attention.setdefault(tap.layer, []).append(tap)
+            elif tap.kind in STATE_KINDS:
+                states.setdefault(tap.layer, []).append(tap)
+        for layer, taps in attention.items():
             hooks.after(self.attentions[layer], self._hook(taps))
+        for layer, taps in states.items():
+            hooks.after(self.blocks[layer], self._states_hook(taps))
+
+    def _states_hook(self, taps: list[Tap]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            states = states if states.dim() == 3 else states[None]
+            for tap in taps:                                             # with gradients: merging methods train through them
+                self.pruner.vision[tap] = states[:, :1].expand_as(states) if tap.kind == "cls_state" else states
+
+        return hook
 
     def _hook(self, taps: list[Tap]) -> Callable[..., Any]:
         @torch.no_grad()
@@ -49,25 +71,35 @@ class VisionTaps:
                 queries, keys, lengths = self.query_key(module, states, kwargs)
                 scale = _attention.scale_of(module, queries.shape[-1])
                 self.pruner.vision.update({tap: signal(tap, queries, keys, scale, lengths) for tap in taps})
-            self.pruner.vision["flops"] = self.pruner.vision.get("flops", 0.0) + self._flops(taps, states, queries, lengths)
+            pairs = queries.shape[0] * queries.shape[2] ** 2 if lengths is None else sum(length**2 for length in lengths)
+            self.pruner.vision["flops"] = self.pruner.vision.get("flops", 0.0) + signal_flops(taps, states.shape[-1], queries, pairs)
 
         return hook
 
 
-    @staticmethod
-    def _flops(taps: list[Tap], states: Tensor, queries: Tensor, lengths: list[int] | None) -> float:
-        """Matrix products of one look: queries and keys anew, and their products."""
-        batch, heads, tokens, width = queries.shape
-        pairs = batch * tokens**2 if lengths is None else sum(length**2 for length in lengths)
-        rows = sum(2.0 * heads * width * (pairs if tap.kind == "column_mean" else batch * tokens) for tap in taps if tap.kind != "vision_keys")
-        return 4.0 * batch * tokens * states.shape[-1] * heads * width + rows
+def signal_flops(taps: Sequence[Tap], width: int, queries: Tensor, pairs: int) -> float:
+    """Matrix products of one look at (B, H, S, d) queries: projections anew, and products over ``pairs`` of tokens or one row each."""
+    batch, heads, tokens, head_dim = queries.shape
+    each = {"column_mean": pairs, "received_from": 2 * pairs, "cls_row": batch * tokens, "cls_row_wide": batch * tokens}
+    rows = sum(2.0 * heads * head_dim * each.get(tap.kind, 0) for tap in taps)
+    sides = 2 if any(tap.kind in each for tap in taps) else 1            # keys alone need no queries
+    return 2.0 * sides * batch * tokens * width * heads * head_dim + rows
 
 
 def signal(tap: Tap, queries: Tensor, keys: Tensor, scale: float, lengths: list[int] | None) -> Tensor:
-    """One signal from (B, H, S, d) queries and keys: (B, S) or, for keys, (B, S, d)."""
+    """One signal from (B, H, S, d) queries and keys: (B, S) or (B, S, C)."""
     if tap.kind == "column_mean":
         return _attention.column_mean(queries, keys, scale, lengths)
+    if tap.kind == "received_from":
+        share, how = tap.options
+        return _attention.received_from(queries, keys, scale, lengths, share, how)
     if tap.kind == "cls_row":
         logits = (queries[:, :, :1].float() * scale) @ keys.float().transpose(-1, -2)
         return logits.softmax(dim=-1).mean(dim=1).squeeze(1)
+    if tap.kind == "cls_row_wide":                                       # heads side by side are one wide head
+        query, wide = queries[:, :, 0].flatten(1).float(), keys.transpose(1, 2).flatten(2).float()
+        return (wide @ query[..., None]).squeeze(-1).mul(query.shape[1] ** -0.5).softmax(dim=-1)
+    if tap.kind == "vision_keys_all":
+        return keys.transpose(1, 2).flatten(2).float()
+    assert tap.kind == "vision_keys"
     return keys.float().mean(dim=1)

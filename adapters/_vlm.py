@@ -6,7 +6,7 @@ The family classes say where things are; this file finds the visual items of a c
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlprune.adapter import Adapter
 from vlprune.adapters._decoder import DecoderEngine
-from vlprune.adapters._decoder_taps import ROW_KINDS
+from vlprune.adapters._decoder_taps import KEY_KINDS, ROW_KINDS, STATE_KINDS
 from vlprune.errors import UnsupportedCallError, UnsupportedPointError
 from vlprune.flops import TowerShape
 from vlprune.hooks import HookSet
@@ -38,6 +38,7 @@ class Features:
         patches: tokens that every vision block ran on; 0 if not known.
         segments: sequences among them, each attending to itself only.
         scorer_flops: spent on the signals.
+        project: see `vlprune.protocols.ScoreInputs`.
     """
 
     lengths: list[int]
@@ -46,6 +47,7 @@ class Features:
     patches: int = 0
     segments: int = 0
     scorer_flops: float = 0.0
+    project: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass
@@ -101,12 +103,12 @@ class VisionLanguageAdapter(Adapter):
         """Vision signals everywhere in the decoder; decoder signals at its layers."""
         if point.tower == "vision":
             return frozenset()
-        return self.vision_signals | frozenset(ROW_KINDS) | (frozenset({"transition"}) if point.layer > 0 else frozenset())
+        return self.vision_signals | (self.offers_in_decoder if point.layer > 0 else self.offers_in_decoder - {"transition"})
 
     @property
     def offers_in_decoder(self) -> frozenset[str]:
         """Kinds of decoder signals."""
-        return frozenset((*ROW_KINDS, "transition"))
+        return frozenset((*ROW_KINDS, *KEY_KINDS, *STATE_KINDS, "transition"))
 
     # hooks
 
@@ -239,6 +241,8 @@ class VisionLanguageAdapter(Adapter):
         for item, found, number in collected:
             for tap, values in found.signals.items():
                 session.signals[tap, id(item)] = values[number].to(embeds.device)
+            if found.project is not None:
+                session.projectors[id(item)] = found.project
         session.trace.layout = layout
         session.trace.shapes = self.dimensions()
         towers = [found for _, found in call.features.values()]

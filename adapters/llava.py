@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlprune.adapters._vision import VisionTaps
+from vlprune.adapters._projector import sensitivity
+from vlprune.adapters._vision import ATTENTION_KINDS, CLS_KINDS, STATE_KINDS, VisionTaps
 from vlprune.adapters._vlm import Features, VisionLanguageAdapter, item_lengths, modules_named
 from vlprune.flops import TowerShape
 from vlprune.hooks import HookSet
@@ -51,7 +52,20 @@ class LlavaAdapter(VisionLanguageAdapter):
         """What this tower can be asked."""
         if not self.blocks:
             return frozenset()
-        return frozenset({"column_mean", "vision_keys"} | ({"cls_row"} if self.has_cls else set()))
+        kinds = ATTENTION_KINDS | STATE_KINDS | {"pixels"} | ({"sensitivity"} if self.projector is not None else set())
+        return frozenset(kinds if self.has_cls else kinds - CLS_KINDS)
+
+    @property
+    def projector(self) -> nn.Module | None:
+        """Features of the tower to visual tokens."""
+        found = getattr(self.core, "multi_modal_projector", None)
+        return found if isinstance(found, nn.Module) else None
+
+    @property
+    def patches(self) -> nn.Module | None:
+        """The convolution that cuts the picture."""
+        embeddings = modules_named(self.core.vision_tower, ("embeddings", "vision_model.embeddings"))  # type: ignore[arg-type]
+        return getattr(embeddings, "patch_embedding", None)
 
     @property
     def facts(self) -> ModelFacts:
@@ -78,7 +92,12 @@ class LlavaAdapter(VisionLanguageAdapter):
 
     def attach_vision(self, hooks: HookSet, pruner: Pruner) -> None:
         """Tap the tower, and send the signals through the packing."""
-        VisionTaps([block.self_attn for block in self.blocks], pruner).attach(hooks)  # type: ignore[misc]
+        VisionTaps([block.self_attn for block in self.blocks], pruner, blocks=self.blocks).attach(hooks)  # type: ignore[misc]
+        for tap in pruner.taps("vision"):
+            if tap.kind == "pixels" and self.patches is not None:
+                hooks.before(self.patches, self._pixels_hook(tap))
+            elif tap.kind == "sensitivity" and self.projector is not None:
+                hooks.after(self.projector, self._sensitivity_hook(tap))
         hooks.after(self.core.vision_tower, self._note_tower)  # type: ignore[arg-type]
         if hasattr(self.core, "pack_image_features"):
             hooks.wrap(self.core, "pack_image_features", self._pack_signals)
@@ -86,6 +105,24 @@ class LlavaAdapter(VisionLanguageAdapter):
             hooks.wrap(self.core, "apply_pooling", self._pool_signals)
         if isinstance(getattr(self.core, "vision_resampler", None), nn.Module):
             hooks.wrap(self.core.vision_resampler, "forward", self._pool_signals)
+
+    def _pixels_hook(self, tap: Tap) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            patches = torch.nn.functional.unfold(args[0].float(), module.kernel_size, stride=module.stride).mT     # (tiles, P, 3 p p)
+            self.pruner.vision[tap] = torch.nn.functional.pad(patches, (0, 0, int(self.has_cls), 0))
+
+        return hook
+
+    def _sensitivity_hook(self, tap: Tap) -> Any:
+        @torch.no_grad()
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            with self.pruner.timed():
+                values, flops = sensitivity(module, args[0] if args else kwargs["image_features"], tap.options)
+            skip = self.pruner.vision["tower"][1] - values.shape[1]
+            self.pruner.vision[tap] = torch.nn.functional.pad(values, (skip, 0))
+            self.pruner.vision["flops"] = self.pruner.vision.get("flops", 0.0) + flops
+
+        return hook
 
     def _note_tower(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         states = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
@@ -143,7 +180,9 @@ class LlavaAdapter(VisionLanguageAdapter):
         ]
         if packed is None:
             plain = self._tokens_only()
-            return Features(lengths, grids, {tap: list(values) for tap, values in plain.items()}, segments * tokens, segments)
+            alone = self.model.config.model_type == "llava"                              # one feature is one token, and that is all
+            project = self.projector.forward if alone and self.projector is not None else None   # not the call: no hooks
+            return Features(lengths, grids, {tap: list(values) for tap, values in plain.items()}, segments * tokens, segments, project=project)
         widths, channels = packed
         if isinstance(channels, Tensor):                                                 # frames of all videos, pooled
             items = list(channels.reshape(len(lengths), -1, channels.shape[-1]))
@@ -195,8 +234,8 @@ class LlavaAdapter(VisionLanguageAdapter):
 
 
 def _fill_separators(values: Tensor, real: Tensor) -> Tensor:
-    """Give separators (where ``real`` is 0) the lowest value of their item; drop a channel axis of one."""
-    lowest = values.masked_fill(real[:, None] < 0.5, float("inf")).amin(dim=0)
+    """Give separators (where ``real`` is 0) the lowest value of their item, or zeros if it is a vector; drop a channel axis of one."""
+    lowest = values.masked_fill(real[:, None] < 0.5, float("inf")).amin(dim=0) if values.shape[1] == 1 else torch.zeros_like(values[0])
     filled = torch.where(real[:, None] < 0.5, lowest, values)
     return filled[:, 0] if filled.shape[1] == 1 else filled
 

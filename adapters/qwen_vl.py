@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlprune.adapters._vision import VisionTaps
+from vlprune.adapters._projector import sensitivity
+from vlprune.adapters._vision import ATTENTION_KINDS, CLS_KINDS, STATE_KINDS, VisionTaps
 from vlprune.adapters._vlm import Features, VisionLanguageAdapter
 from vlprune.flops import TowerShape
 from vlprune.hooks import HookSet
@@ -32,7 +33,7 @@ class QwenVLAdapter(VisionLanguageAdapter):
     """The Qwen-VL family."""
 
     name = "qwen_vl"
-    vision_signals = frozenset({"column_mean", "vision_keys"})
+    vision_signals = frozenset((ATTENTION_KINDS | STATE_KINDS | {"pixels", "sensitivity"}) - CLS_KINDS)
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -115,8 +116,13 @@ class QwenVLAdapter(VisionLanguageAdapter):
 
     def attach_vision(self, hooks: HookSet, pruner: Pruner) -> None:
         """Tap the tower, and note what it is given."""
-        VisionTaps([block.attn for block in self.blocks], pruner, self._query_key).attach(hooks)  # type: ignore[misc]
+        VisionTaps([block.attn for block in self.blocks], pruner, self._query_key, self.blocks).attach(hooks)  # type: ignore[misc]
         hooks.before(self.tower, self._before_tower)
+        for tap in pruner.taps("vision"):
+            if tap.kind == "pixels":
+                hooks.before(self.tower, self._pixels_hook(tap))
+            elif tap.kind == "sensitivity":
+                hooks.before(self.tower.merger, self._sensitivity_hook(tap))  # type: ignore[arg-type]
         if hasattr(self.tower, "fullatt_block_indexes"):
             hooks.wrap(self.tower, "permute_input_for_window_attn", self._note_windows)
 
@@ -139,6 +145,35 @@ class QwenVLAdapter(VisionLanguageAdapter):
         """Read the grids before anything heavy is queued."""
         grid = args[1] if len(args) > 1 else kwargs["grid_thw"]
         self.pruner.vision["grid"] = grid.tolist()
+
+    def _pixels_hook(self, tap: Tap) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = args[0] if args else kwargs["hidden_states"]
+            self.pruner.vision["whole", tap] = given.float().unflatten(0, (-1, self.merge**2)).mean(dim=1)     # in the features' order already
+
+        return hook
+
+    def _sensitivity_hook(self, tap: Tap) -> Callable[..., Any]:
+        """The merger takes the patches of a token side by side; its norm stands before its two layers."""
+
+        @torch.no_grad()
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            patches = (args[0] if args else kwargs["x"]).reshape(1, -1, self.merge**2 * self.blocks[0].norm1.weight.shape[0])  # type: ignore[union-attr, operator]
+            norm: Any = getattr(module, "ln_q", None) or module.norm
+
+            def prepare(x: Tensor) -> Tensor:
+                single = x.reshape(-1, norm.weight.shape[0])
+                return norm(single.to(norm.weight.dtype)).reshape(x.shape)  # type: ignore[no-any-return]
+
+            def merge(x: Tensor, module: nn.Module = module) -> Tensor:
+                return module.forward(x.reshape(-1, patches.shape[-1] // self.merge**2)).reshape(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+
+            with self.pruner.timed():
+                values, flops = sensitivity(module, patches, tap.options, prepare, merge)
+            self.pruner.vision["tokens", tap] = values[0]
+            self.pruner.vision["flops"] = self.pruner.vision.get("flops", 0.0) + flops
+
+        return hook
 
     def _note_windows(self, original: Callable[..., Any], tensor: Tensor, window_index: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.pruner.vision["windows"] = window_index
@@ -167,7 +202,10 @@ class QwenVLAdapter(VisionLanguageAdapter):
 
     def _per_token(self, values: Tensor) -> Tensor:
         """(segments, patches) or (segments, patches, C) in the tower's order to (tokens,) or (tokens, C) in the features' order."""
-        tokens = values.reshape(-1, self.merge**2, *values.shape[2:]).mean(dim=1)
+        return self._unpermuted(values.reshape(-1, self.merge**2, *values.shape[2:]).float().mean(dim=1))
+
+    def _unpermuted(self, tokens: Tensor) -> Tensor:
+        """From the tower's order to the features'."""
         windows: Tensor | None = self.pruner.vision.get("windows")
         return tokens if windows is None else tokens[windows.argsort().to(tokens.device, non_blocking=True)]
 
@@ -185,6 +223,8 @@ class QwenVLAdapter(VisionLanguageAdapter):
         for tap, values in signals.items():
             if isinstance(tap, Tap):
                 found.signals[tap] = list(torch.split(self._per_token(values), lengths))
+            elif isinstance(tap, tuple) and isinstance(tap[1], Tap):
+                found.signals[tap[1]] = list(torch.split(values if tap[0] == "whole" else self._unpermuted(values), lengths))
         return found
 
     # decoder

@@ -39,7 +39,7 @@ class Stage:
     @property
     def needs(self) -> tuple[Tap, ...]:
         """Every signal that the parts of this stage look at, each once."""
-        return tuple(dict.fromkeys((*self.scorer.needs, *self.selector.needs, *self.gate_needs)))
+        return tuple(dict.fromkeys((*self.scorer.needs, *self.selector.needs, *getattr(self.reducer, "needs", ()), *self.gate_needs)))
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ DECODER_KINDS: dict[str, str] = {
     "transition": "(N, 6) module input against output: size ratio, cosine and denominator of attention and MLP",
     "key_l1": "(N,) L1 norm of the rotated keys of all heads",
     "normed": "(N, D) the decoder's final norm applied to the hidden states at the point; layer is ignored",
+    "text_valid": "(T,) which entries of text signals are text tokens after the item; comes with the others by itself",
     "text_states": "(T, D) hidden states at the point; layer is ignored",
     "text_normed": "(T, D) the decoder's final norm applied to them; layer is ignored",
     "text_key_l1": "(T,) L1 norm of the rotated keys of all heads",
@@ -169,7 +170,10 @@ class Selector(Protocol):
 
 @runtime_checkable
 class Reducer(Protocol):
-    """Decides what becomes of the others: nothing (drop), or folded into the kept ones (merge, recycle)."""
+    """Decides what becomes of the others: nothing (drop), or folded into the kept ones (merge, recycle).
+
+    One that looks at signals has a property ``needs`` as scorers have.
+    """
 
     @property
     def exact(self) -> bool:

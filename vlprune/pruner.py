@@ -18,6 +18,9 @@ from vlprune.protocols import Reduced, ScoreInputs, Selection, Tap, gather_token
 from vlprune.tokens import TokenLayout, VisualItem
 from vlprune.trace import PointRecord, Trace
 
+TEXT_KINDS = ("text_states", "text_normed", "text_key_l1")
+TEXT_VALID = Tap("text_valid", 0)
+
 
 @dataclass
 class ItemState:
@@ -77,6 +80,7 @@ class Session:
     nan_flags: list[tuple[str, Tensor]] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
     memo: dict[Any, Any] = field(default_factory=dict)
+    projectors: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)     # by id of the item, see `ScoreInputs.project`
 
     def __post_init__(self) -> None:
         self.lengths = [self.layout.length] * self.layout.num_rows
@@ -181,7 +185,11 @@ class Session:
             return [(group, selection, Reduced())]
         slots = torch.stack([state.slots for state in group])
         rows = torch.tensor([state.item.row for state in group]).to(hidden.device, non_blocking=True)
-        return [(group, selection, stage.reducer(replace(inputs, tokens=hidden[rows[:, None], slots]), selection))]
+        inputs = replace(inputs, tokens=hidden[rows[:, None], slots])
+        if torch.is_grad_enabled():                     # features that are merged before the projector carry gradients too
+            features = {tap: collect(tap, group) for tap in stage.needs if tap.kind == "vision_states"}
+            inputs = replace(inputs, signals={**inputs.signals, **features})
+        return [(group, selection, stage.reducer(inputs, selection))]
 
     def _select(
         self, stage: Stage, group: list[ItemState], hidden: Tensor, num_keep: int, collect: Collect
@@ -219,6 +227,8 @@ class Session:
             modality=group[0].item.modality,
             signals={tap: collect(tap, group) for tap in stage.needs},
             sizes=sizes,
+            text_valid=collect(TEXT_VALID, group) if any(tap.kind in TEXT_KINDS for tap in stage.needs) else None,
+            project=self.projectors.get(id(group[0].item)) if stage.point.layer == 0 and stage.point.tower == "decoder" else None,
         )
 
     def _check_finite(self, stage: Stage, scores: Tensor) -> None:
