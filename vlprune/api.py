@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import TracebackType
 from typing import Any
 
@@ -87,8 +87,8 @@ def apply(
 
     Args:
         model: a Hugging Face vision-language model, a CLIP-like model, or an open_clip / timm vision transformer.
-        method: a name from `vlprune.list_methods`, a card or a method of your own, several names (their stages are put
-            together), or ``None`` for the default of the model family.
+        method: a name from `vlprune.list_methods`, a card or a method of your own, several of them (see `compose_methods`), or ``None`` for the
+            default of the model family.
         keep: a float in (0, 1], the share of visual tokens that stay; an int, the number per visual item (image, or whole
             video); for methods with a schedule also what their page says. ``None``: the method's default.
         positions: ``"preserve"`` keeps every survivor's own position (default); ``"renumber"`` closes the gaps.
@@ -133,15 +133,7 @@ def build_method(method: Any, facts: ModelFacts, keep: Any, options: dict[str, A
         stages = tuple(replace(stage, budget=Budget(keep)) for stage in method.stages) if keep is not None else method.stages
         return replace(method, stages=stages), keep, "any"
     if isinstance(method, (list, tuple)):
-        if not method:
-            raise OptionError("an empty list of methods; give names such as ['hiprune', 'transprune']")
-        parts = [build_method(name, facts, keep, options.get(name, {}) if isinstance(name, str) else {}) for name in method]
-        extra = set(options) - {name for name in method if isinstance(name, str)}
-        if extra:
-            raise OptionError(f"with several methods, give options by method, e.g. {method[0]}=dict(...); got {', '.join(sorted(extra))}")
-        stages = tuple(stage for built, _, _ in parts for stage in built.stages)
-        modality = next((m for _, _, m in parts if m != "any"), "any")
-        return PruningMethod("+".join(b.name for b, _, _ in parts), stages, parts[0][0].positions), keep, modality
+        return compose_methods(method, facts, keep, options)
     card = method if isinstance(method, MethodCard) else get_method(str(method))
     keep = card.default_keep if keep is None else keep
     known = [name for name, p in inspect.signature(card.build).parameters.items() if p.kind is p.KEYWORD_ONLY]
@@ -151,6 +143,52 @@ def build_method(method: Any, facts: ModelFacts, keep: Any, options: dict[str, A
     if isinstance(keep, (int, float)):
         Budget(keep)                                                     # say at once what is wrong with it
     return card.build(facts, keep, **options), keep, card.modality
+
+
+def compose_methods(methods: Sequence[Any], facts: ModelFacts, keep: Any, options: dict[str, Any]) -> tuple[PruningMethod, Any, str]:
+    """Several methods as one: their stages together, and what else they do.
+
+    Each gets its own ``keep`` from its options (``visionzip=dict(keep=0.5)``). A share given for all of them is what is left in the end: of n methods,
+    in the order of their first points, the i-th leaves ``keep ** (i / n)``. Without any, each has its default.
+    """
+    names = [method if isinstance(method, str) else getattr(method, "name", "") for method in methods]
+    if not methods:
+        raise OptionError("an empty list of methods; give names such as ['hiprune', 'transprune']")
+    if len(set(names)) < len(names):
+        raise OptionError(f"methods={names}: each of them once")
+    extra = sorted(set(options) - set(names))
+    if extra:
+        raise OptionError(f"with several methods, give options by method, e.g. {names[0]}=dict(...); got {', '.join(extra)}")
+    own = {name: dict(options.get(name, {})) for name in names}
+    if isinstance(keep, int) and not isinstance(keep, bool) and any("keep" not in part for part in own.values()):
+        raise OptionError(
+            f"keep={keep!r} with several methods does not say how much each leaves. Give a share such as keep=0.1, or each its own number: "
+            f"{names[0]}=dict(keep={2 * keep}), {names[-1]}=dict(keep={keep})"
+        )
+    first = {}
+    for method, name in zip(methods, names, strict=True):
+        built = build_method(method, facts, own[name].get("keep"), {key: value for key, value in own[name].items() if key != "keep"})[0]
+        first[name] = min(((stage.point.tower != "vision", stage.point.layer) for stage in built.stages), default=(True, 0))
+    order = sorted(names, key=lambda name: first[name])
+    parts = []
+    for method, name in zip(methods, names, strict=True):
+        share = keep ** ((order.index(name) + 1) / len(order)) if isinstance(keep, float) else keep
+        given = own[name].pop("keep", None if isinstance(method, PruningMethod) else share)
+        parts.append(build_method(method, facts, given, own[name]))
+    modalities = {modality for _, _, modality in parts} - {"any"}
+    if len(modalities) > 1:
+        raise OptionError(f"{' and '.join(names)} do not go together: one works on images only, the other on videos only")
+    built_parts = [built for built, _, _ in parts]
+    together: dict[str, Any] = {}
+    for entry in fields(PruningMethod):                                  # everything a method does is a tuple of things, or a switch
+        values = [getattr(built, entry.name) for built in built_parts]
+        if isinstance(values[0], tuple):
+            together[entry.name] = tuple(part for value in values for part in value)
+        elif isinstance(values[0], bool):
+            together[entry.name] = any(values)
+    positions = next((built.positions for built in built_parts if built.positions != "preserve"), "preserve")
+    stages = sorted(together.pop("stages"), key=lambda stage: (stage.point.tower != "vision", stage.point.layer))
+    return PruningMethod("+".join(names), tuple(stages), positions, **together), keep, next(iter(modalities), "any")
 
 
 def check_stages(method: PruningMethod, adapter: Adapter) -> None:
