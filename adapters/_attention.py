@@ -87,8 +87,8 @@ def attention_rows(attn: nn.Module, queries: Tensor, keys: Tensor, allowed: Tens
     """
     groups = queries.shape[1] // keys.shape[1]
     scale = scale_of(attn, queries.shape[-1])
-    grouped = (queries.float() * scale).unflatten(1, (keys.shape[1], groups))            # (G, Hkv, r, T, d)
-    logits = (grouped @ keys.float().transpose(-1, -2)[:, :, None]).flatten(1, 2)        # (G, H, T, S)
+    grouped = (queries.float() * scale).unflatten(1, (keys.shape[1], groups)).flatten(2, 3)      # (G, Hkv, r T, d): no copy of the keys for each head
+    logits = (grouped @ keys.float().transpose(-1, -2)).unflatten(2, (groups, -1)).flatten(1, 2)  # (G, H, T, S)
     cap = getattr(attn, "attn_logit_softcapping", None)
     if cap:
         logits = torch.tanh(logits / cap) * cap

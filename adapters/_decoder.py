@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlprune.adapters import _sequence
 from vlprune.adapters._cache import KeyMap, PrunedLayer, wrap_cache
+from vlprune.adapters._decode_select import DecodeSelects
 from vlprune.adapters._decoder_taps import DecoderTaps, attention_of
 from vlprune.errors import UnsupportedCallError, UnsupportedModelError
 from vlprune.hooks import HookSet
@@ -42,8 +43,10 @@ class DecoderEngine:
         self.layers: list[nn.Module] = list(decoder.layers)  # type: ignore[arg-type]
         self.stages = pruner.stages("decoder")
         self.taps = DecoderTaps(self.layers, pruner, final_norm(decoder))
+        self.selects = DecodeSelects(self.layers, pruner, lambda: self.backend)
         self.causal = bool(getattr(attention_of(self.layers[0]), "is_causal", True))
-        self.renumber = pruner.positions == "renumber" and bool(self.stages)
+        self.tower_cuts = bool(pruner.stages("vision"))
+        self.renumber = pruner.positions == "renumber" and bool(self.stages or self.tower_cuts)
         if self.renumber and not can_renumber:
             raise UnsupportedModelError(
                 "positions='renumber' is not defined for multimodal (M-)RoPE ids with time, height and width. Use positions='preserve'."
@@ -58,7 +61,7 @@ class DecoderEngine:
     def acts(self) -> bool:
         """Whether there is anything to do in this decoder."""
         method = self.pruner.method
-        return bool(self.stages or method.bypasses or method.attends or method.layer_skips)
+        return bool(self.stages or self.tower_cuts or method.bypasses or method.attends or method.layer_skips or self.selects.selects)
 
     def attach(self, hooks: HookSet) -> None:
         """Put the hooks on."""
@@ -74,6 +77,7 @@ class DecoderEngine:
         for number, layer in enumerate(self.layers):
             hooks.before(layer, self._before_layer(number))
         self.taps.attach(hooks)
+        self.selects.attach(hooks)
         for bypass in self.pruner.method.bypasses:
             self._attach_bypass(hooks, bypass)
         for skip in self.pruner.method.layer_skips:
@@ -96,16 +100,19 @@ class DecoderEngine:
                 self._enter(session, cache, kwargs, hidden)
             entry = self._entry(cache, number)
             if session is None:
-                if entry is None or entry.keymap is None:
+                if entry is None or (entry.keymap is None and entry.selection is None):
                     return None
-                return args, self._cut_decode(kwargs, entry, hidden)
+                kwargs = kwargs if entry.keymap is None else self._cut_decode(kwargs, entry, hidden)
+                return args, self.selects.cut(number, cache, kwargs, hidden)
             hidden = session.bring_back(number, hidden)
             if number == 0:
+                hidden = session.leave_tower(hidden)
                 self.taps.note_raters(session, hidden)
             for stage in stages:
                 shortened = session.reduce(stage, hidden, self._collector(session, number, kwargs, entry, hidden))
                 hidden = hidden if shortened is None else shortened
             session.trace.decoder_lengths.append([session.length] * session.layout.num_rows)   # filler runs too
+            self.selects.note(session, cache, number)
             kwargs = self._cut_prefill(session, kwargs, entry, self._keys_left(session, bypasses, attends))
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 

@@ -70,8 +70,8 @@ def single_precision(module: nn.Module, forward: Callable[[Tensor], Tensor] | No
     return double.forward if forward is None else partial(forward, module=double)  # type: ignore[call-arg, return-value]
 
 
-@torch.enable_grad()
 def elementwise_derivative(act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Derivative of an elementwise function at ``x``."""
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(act(x).sum(), x)[0]
+    """Derivative of an elementwise function at ``x``, also where the caller records nothing (``torch.inference_mode``)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        return torch.autograd.grad(act(x).sum(), x)[0]

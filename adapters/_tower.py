@@ -22,10 +22,12 @@ class TowerAdapter(Adapter):
     Attributes:
         sequence_first: whether the blocks work on (L, B, D).
         padding_masks: whether a two-dimensional mask is (B, L) padding.
+        alone: whether the tower is the whole model.
     """
 
     sequence_first: bool = False
     padding_masks: bool = False
+    alone: bool = True
 
     @property
     @abstractmethod
@@ -101,7 +103,7 @@ class TowerAdapter(Adapter):
         """Put everything on."""
         engine = VisionEngine(
             self.blocks, pruner, prefix=self.prefix, taps=self.taps, patches=self.patches, sequence_first=self.sequence_first,
-            padding_masks=self.padding_masks, shape=self.shape, check=self.check,
+            padding_masks=self.padding_masks, shape=self.shape, check=self.check, alone=self.alone,
         )  # fmt: skip
         engine.attach(hooks)
         if engine.acts:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprune.adapters import _sequence
-from vlprune.adapters._vision import signal
+from vlprune.adapters._vision import STATE_KINDS, signal
 from vlprune.errors import MissingSignalError, OptionError, UnsupportedCallError, UnsupportedModelError, UnsupportedPointError
 from vlprune.flops import TowerShape
 from vlprune.hooks import HookSet
@@ -35,6 +35,8 @@ from vlprune.pruner import Collect, Cut, ItemState, Pruner, Session
 from vlprune.tokens import TokenLayout, VisualItem, raster_grid, square_grid
 from vlprune.trace import PointRecord
 
+#: Signals that are not made in the blocks.
+ELSEWHERE = frozenset({"pixels", "sensitivity"})
 #: ``(states (B, S, D)) -> queries, keys``, each (B, H, S, d), as the block computes them.
 QueryKey = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -177,6 +179,7 @@ class VisionEngine:
         padding_masks: whether a two-dimensional mask is (B, L) padding (transformers) or an (L, L) map.
         shape: for the FLOPs count.
         check: called before the first block; raises if the model is about to run in a way that cannot be pruned.
+        alone: whether the tower is the whole model; inside a larger one, the rest of a method is the business of others.
     """
 
     def __init__(
@@ -191,12 +194,16 @@ class VisionEngine:
         padding_masks: bool = False,
         shape: TowerShape | None = None,
         check: Callable[[], None] | None = None,
+        alone: bool = True,
     ) -> None:
+        self.alone = alone
         self.blocks, self.pruner, self.prefix, self.taps, self.patches = list(blocks), pruner, prefix, list(taps), patches
         self.sequence_first, self.padding_masks, self.shape, self.check = sequence_first, padding_masks, shape, check
         self.stages = pruner.stages("vision")
         self.wanted: dict[int, list[Tap]] = {}
         for tap in pruner.taps("vision"):
+            if tap.kind in ELSEWHERE:
+                continue
             self.wanted.setdefault(tap.layer, []).append(tap)
         self._layouts: dict[tuple[int, int, Any], TokenLayout] = {}
         self._grids: dict[tuple[Any, torch.device], Tensor] = {}
@@ -223,15 +230,20 @@ class VisionEngine:
             hooks.before(block, self._before_block(number))
             hooks.after(block, self._after_block(number), first=True)    # before transformers records the output
         for layer, taps in self.wanted.items():
-            hooks.after(self.taps[layer].module, self._tap_hook(self.taps[layer], taps))
+            attention = [tap for tap in taps if tap.kind not in STATE_KINDS]
+            states = [tap for tap in taps if tap.kind in STATE_KINDS]
+            if attention:
+                hooks.after(self.taps[layer].module, self._tap_hook(self.taps[layer], attention))
+            if states:
+                hooks.after(self.blocks[layer], self._states_hook(states))
 
     def _check_method(self) -> None:
         method = self.pruner.method
-        if method.bypasses or method.layer_skips:
+        if self.alone and (method.bypasses or method.layer_skips):
             raise UnsupportedPointError(f"{method.name} skips rows or layers of a decoder, which a vision tower does not have")
         if self.stages and self.pruner.modality not in ("any", "image"):
             raise OptionError(f"{method.name} works on {self.pruner.modality}s only, but a vision tower sees images. Choose a method for images.")
-        if self.stages and self.pruner.positions == "renumber":
+        if self.alone and self.stages and self.pruner.positions == "renumber":
             raise UnsupportedModelError(
                 "positions='renumber' means nothing here: a vision tower adds its position embeddings before its first block. Use positions='preserve'."
             )
@@ -340,7 +352,8 @@ class VisionEngine:
                 hidden = gather_tokens(hidden, session.index)
             hidden = session.bring_back(number, hidden)
             for stage in stages:
-                hidden = session.cut(stage, hidden)
+                if stage.training in (None, module.training):
+                    hidden = session.cut(stage, hidden)
             session.trace.vision_tokens.append(hidden.shape[0] * hidden.shape[1])
             masks = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor) and value is not given]
             if self.wanted and (masks or kwargs.get("is_causal")):
@@ -411,6 +424,18 @@ class VisionEngine:
             for tap in taps:
                 session.store(tap, signal(tap, queries, keys, where.scale, None))
                 session.trace.scorer_flops += _signal_flops(tap, states, queries)
+
+        return hook
+
+    def _states_hook(self, taps: list[Tap]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            session = self.session
+            if session is None:
+                return
+            states = output[0] if isinstance(output, tuple) else output
+            states = states.transpose(0, 1) if self.sequence_first else states
+            for tap in taps:
+                session.store(tap, states[:, :1].expand_as(states) if tap.kind == "cls_state" else states)
 
         return hook
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from vlprune.adapter import Adapter
 from vlprune.adapters._decoder import DecoderEngine
@@ -21,8 +22,9 @@ from vlprune.flops import TowerShape
 from vlprune.hooks import HookSet
 from vlprune.points import Point
 from vlprune.protocols import Tap
-from vlprune.pruner import Pruner, Session
+from vlprune.pruner import SURVIVES, Pruner, Session
 from vlprune.tokens import TokenLayout, VisualItem, square_grid
+from vlprune.trace import Trace
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -39,6 +41,7 @@ class Features:
         segments: sequences among them, each attending to itself only.
         scorer_flops: spent on the signals.
         project: see `vlprune.protocols.ScoreInputs`.
+        tower: record of the tower's own stages, if it has some.
     """
 
     lengths: list[int]
@@ -48,6 +51,7 @@ class Features:
     segments: int = 0
     scorer_flops: float = 0.0
     project: Callable[[Tensor], Tensor] | None = None
+    tower: Trace | None = None
 
 
 @dataclass
@@ -114,15 +118,14 @@ class VisionLanguageAdapter(Adapter):
 
     def attach(self, hooks: HookSet, pruner: Pruner) -> None:
         """Put everything on."""
-        if pruner.stages("vision"):
-            raise UnsupportedPointError(
-                f"{self.name} towers cannot be cut inside yet; points of this model: before_llm, llm:0 ... llm:{self.decoder_depth - 1}"
-            )
         engine = DecoderEngine(self.decoder, pruner, can_renumber=not self.multimodal_rope)
         if not engine.acts:
             return
         self.pruner, self.engine = pruner, engine
-        self.attach_vision(hooks, pruner)
+        if pruner.stages("vision"):
+            self.attach_tower(hooks, pruner)
+        else:
+            self.attach_vision(hooks, pruner)
         signature = inspect.signature(self.core.forward)
         for modality in PIXELS:
             name = f"get_{modality}_features"
@@ -141,6 +144,12 @@ class VisionLanguageAdapter(Adapter):
 
     def attach_vision(self, hooks: HookSet, pruner: Pruner) -> None:
         """Hook the vision tower for the signals that are needed."""
+
+    def attach_tower(self, hooks: HookSet, pruner: Pruner) -> None:
+        """Hook the vision tower for stages inside it; it then collects the signals, too."""
+        raise UnsupportedPointError(
+            f"{self.name} towers cannot be cut inside; points of this model: before_llm, llm:0 ... llm:{self.decoder_depth - 1}"
+        )
 
     def features_of(self, modality: str, output: Any, arguments: dict[str, Any], signals: dict[Tap, Tensor]) -> Features:
         """Describe the items that ``get_image_features`` (or video) just encoded. One item per entry of ``pooler_output``."""
@@ -165,6 +174,13 @@ class VisionLanguageAdapter(Adapter):
             arguments = inspect.signature(original).bind(*args, **kwargs).arguments
             found = self.features_of(modality, output, dict(arguments), self.pruner.vision)
             found.scorer_flops = float(self.pruner.vision.get("flops", 0.0))
+            survives = self.pruner.vision.get("survives")            # (items, n), separators behind them left out
+            if survives is not None:
+                found.signals[SURVIVES] = [pad(row, (0, length - row.numel())) for row, length in zip(survives, found.lengths, strict=True)]
+            session = self.pruner.vision.get("session")
+            if session is not None:
+                found.tower = session.trace
+                found.scorer_flops += session.trace.scorer_flops
             self.pruner.vision = {}
             if hasattr(output, "pooler_output"):
                 output.vlprune_features = found                  # rides on the output object: generate may encode ahead of the forward
@@ -247,6 +263,11 @@ class VisionLanguageAdapter(Adapter):
         session.trace.shapes = self.dimensions()
         towers = [found for _, found in call.features.values()]
         session.trace.vision_tokens = [sum(found.patches for found in towers)] * self.facts.vision_layers
+        cut = [found.tower for found in towers if found.tower is not None]
+        if cut:
+            session.trace.vision_dense = sum(found.patches for found in towers)
+            session.trace.vision_tokens = [sum(tokens) for tokens in zip(*(trace.vision_tokens for trace in cut), strict=True)]
+            session.trace.points = [record for trace in cut for record in trace.points]
         session.trace.vision_sequences = sum(found.segments for found in towers)
         session.trace.scorer_flops = sum(found.scorer_flops for found in towers)
         pruner.session = session

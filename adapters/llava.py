@@ -7,6 +7,7 @@ is a whole image (all its tiles and newlines) or a whole video; newline tokens c
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -14,15 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlprune.adapters._packed_tower import Cells, PackedTower, halved, strided
 from vlprune.adapters._projector import sensitivity
 from vlprune.adapters._vision import ATTENTION_KINDS, CLS_KINDS, STATE_KINDS, VisionTaps
+from vlprune.adapters._vision_engine import VisionEngine
 from vlprune.adapters._vlm import Features, VisionLanguageAdapter, item_lengths, modules_named
+from vlprune.adapters.clip import ClipAdapter
 from vlprune.flops import TowerShape
 from vlprune.hooks import HookSet
 from vlprune.method import ModelFacts
+from vlprune.points import Point, parse_point
 from vlprune.protocols import Tap
-from vlprune.pruner import Pruner
+from vlprune.pruner import SURVIVES, Pruner
 from vlprune.tokens import VisualItem, raster_grid, square_grid
+
+
+class InnerTower(ClipAdapter):
+    """A tower inside a larger model."""
+
+    alone = False
+    engine: VisionEngine
+
+    def attach_tower(self, hooks: HookSet, engine: VisionEngine) -> None:
+        """Remember the engine."""
+        super().attach_tower(hooks, engine)
+        self.engine = engine
 
 
 class LlavaAdapter(VisionLanguageAdapter):
@@ -90,9 +107,79 @@ class LlavaAdapter(VisionLanguageAdapter):
         tower = TowerShape(len(self.blocks), width, heads, heads, width // heads, config.intermediate_size, gated=False)
         return {**super().dimensions(), "vision": tower}
 
+    @cached_property
+    def inner(self) -> InnerTower | None:
+        """The tower as a model of its own, where it can be cut inside: CLIP and SigLIP, each feature one visual token."""
+        tower: Any = self.core.vision_tower
+        return InnerTower(tower) if InnerTower.matches(tower) and self.model.config.model_type in ("llava", "llava_next") else None
+
+    @cached_property
+    def video_tower(self) -> InnerTower | None:
+        """The same for videos, whose frames are pooled: several features one visual token."""
+        tower: Any = self.core.vision_tower
+        return InnerTower(tower) if InnerTower.matches(tower) and self.model.config.model_type in ("llava_next_video", "llava_onevision") else None
+
+    def points(self) -> list[str]:
+        """Also the blocks of the tower up to the feature layer."""
+        tower = self.inner or self.video_tower
+        inside = [] if tower is None else [label for label in tower.points() if parse_point(label).layer <= self.facts.feature_layer]
+        return [*inside, *super().points()]
+
+    def offers(self, point: Point) -> frozenset[str]:
+        """In the tower what it has."""
+        if point.tower == "vision":
+            videos = frozenset({"patch_states"} if self.video_tower is not None else ())
+            return videos if self.inner is None else self.inner.offers(point)
+        return super().offers(point)
+
+    def attach_tower(self, hooks: HookSet, pruner: Pruner) -> None:
+        """The tower's own engine, which collects the signals; what survived it goes the road of the features."""
+        if self.video_tower is not None and any(stage.video is not None for stage in pruner.method.stages):
+            self._attach_video_tower(hooks, pruner, self.video_tower)
+            return
+        if self.inner is None:
+            super().attach_tower(hooks, pruner)
+        assert self.inner is not None
+        self.inner.attach(hooks, pruner)
+
+        def hand_over(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            session = self.inner.engine.session  # type: ignore[union-attr]
+            if session is None:
+                return
+            stays = torch.ones(session.original.shape, device=session.device)
+            mask = stays.new_zeros(stays.shape[0], session.num_original).scatter(1, session.original, stays)
+            signals = {tap: values for tap, values in session.signals.items() if isinstance(tap, Tap)}
+            for tap, values in {**signals, SURVIVES: mask}.items():
+                front = values.new_ones(values.shape[0], session.prefix, *values.shape[2:])
+                pruner.vision[tap] = torch.cat([front, values], dim=1)
+            pruner.vision["session"] = session
+
+        hooks.after(self.blocks[-1], hand_over)
+        self._attach_road(hooks, pruner)
+
+    def _attach_video_tower(self, hooks: HookSet, pruner: Pruner, tower: InnerTower) -> None:
+        """Stages over the frames of a video."""
+        config, onevision = self.model.config, self.model.config.model_type == "llava_onevision"
+
+        def cells(patches: int) -> Cells:
+            side = math.isqrt(patches)
+            return halved(side) if onevision else strided(side, int(config.spatial_pool_stride))
+
+        engine = PackedTower(
+            tower.blocks, pruner, prefix=tower.prefix, cells=cells, shape=tower.shape, backend=lambda: str(tower.tower.config._attn_implementation)
+        )
+        engine.attach(hooks)
+        tower.attach_tower(hooks, engine)  # type: ignore[arg-type]
+        hooks.wrap(self.core, "get_video_features", engine.videos)
+        self._attach_road(hooks, pruner)
+
     def attach_vision(self, hooks: HookSet, pruner: Pruner) -> None:
         """Tap the tower, and send the signals through the packing."""
         VisionTaps([block.self_attn for block in self.blocks], pruner, blocks=self.blocks).attach(hooks)  # type: ignore[misc]
+        self._attach_road(hooks, pruner)
+
+    def _attach_road(self, hooks: HookSet, pruner: Pruner) -> None:
+        """Signals made elsewhere, and the packing."""
         for tap in pruner.taps("vision"):
             if tap.kind == "pixels" and self.patches is not None:
                 hooks.before(self.patches, self._pixels_hook(tap))
@@ -107,7 +194,7 @@ class LlavaAdapter(VisionLanguageAdapter):
             hooks.wrap(self.core.vision_resampler, "forward", self._pool_signals)
 
     def _pixels_hook(self, tap: Tap) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def hook(module: Any, args: Any, kwargs: Any) -> None:
             patches = torch.nn.functional.unfold(args[0].float(), module.kernel_size, stride=module.stride).mT     # (tiles, P, 3 p p)
             self.pruner.vision[tap] = torch.nn.functional.pad(patches, (0, 0, int(self.has_cls), 0))
 

@@ -158,7 +158,8 @@ class QwenVLAdapter(VisionLanguageAdapter):
 
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            patches = (args[0] if args else kwargs["x"]).reshape(1, -1, self.merge**2 * self.blocks[0].norm1.weight.shape[0])  # type: ignore[union-attr, operator]
+            block: Any = self.blocks[0]
+            patches = (args[0] if args else kwargs["x"]).reshape(1, -1, self.merge**2 * block.norm1.weight.shape[0])
             norm: Any = getattr(module, "ln_q", None) or module.norm
 
             def prepare(x: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ def hidden_columns(trace: Trace, num_layers: int) -> list[Tensor]:
     gone = torch.zeros(layout.num_rows, layout.length, dtype=torch.bool)
     by_layer: dict[int, list[Any]] = {}
     for record in trace.points:
+        if record.point.startswith("vision:"):
+            continue                                                     # see `tower_columns`
         layer = 0 if record.point == "before_llm" else int(record.point.partition(":")[2])
         by_layer.setdefault(layer, []).append(record)
     result = []
@@ -37,8 +39,64 @@ def hidden_columns(trace: Trace, num_layers: int) -> list[Tensor]:
     return result
 
 
-def masked_run(model: nn.Module, inputs: dict[str, Any], hidden: list[Tensor], extra_ids: Tensor | None = None, generated_type: int = 0, **kwargs: Any) -> Any:
-    """One full-length forward of the untouched model with columns hidden from layer on; ``extra_ids`` are appended to the prompt."""
+def tower_columns(trace: Trace | None, model: nn.Module) -> dict[nn.Module, Tensor]:
+    """For each block of a vision tower that is cut inside, (pictures, S): columns that were dropped before its attention, or the bias on them."""
+    records = [record for record in trace.points if record.point.startswith("vision:")] if trace is not None else []
+    if not records:
+        return {}
+    from vlprune.adapter import find_adapter
+
+    result = {}
+    for number, block in enumerate(find_adapter(model).blocks):  # type: ignore[attr-defined]
+        gone: Tensor | None = None
+        for record in records:
+            layer, _, inside = record.point.partition(":")[2].partition(".")
+            if number == int(layer) - 1 and record.key_bias is not None:
+                gone = record.key_bias                                   # of the block in front of a drop over a video's frames
+            if int(layer) + bool(inside) > number:
+                continue
+            if record.columns is not None:
+                gone = ~record.columns
+                continue
+            rows = []
+            for item, kept in zip(record.items, record.kept, strict=True):
+                row = torch.zeros(int(item.positions[-1]) + 1, dtype=torch.bool)
+                row[item.positions] = True
+                row[item.positions[kept.cpu()]] = False
+                rows.append(row)
+            gone = torch.stack(rows)
+        if gone is not None:
+            result[block] = gone
+    return result
+
+
+def hide_tower(columns: dict[nn.Module, Tensor]) -> list[Any]:
+    """Hooks that hide columns from the attention of tower blocks, or add a bias on them."""
+
+    def make(gone: Tensor) -> Any:
+        def hook(module: nn.Module, args: Any, call: dict[str, Any]) -> Any:
+            states = args[0] if args else call["hidden_states"]
+            bias = gone if gone.is_floating_point() else torch.zeros(gone.shape, dtype=states.dtype).masked_fill(gone, torch.finfo(states.dtype).min)
+            return args[:1], {**call, "attention_mask": bias[:, None, None, :].expand(-1, 1, gone.shape[1], -1)}
+
+        return hook
+
+    return [block.register_forward_pre_hook(make(gone), with_kwargs=True) for block, gone in columns.items()]
+
+
+def masked_run(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    hidden: list[Tensor],
+    extra_ids: Tensor | None = None,
+    generated_type: int = 0,
+    tower: dict[nn.Module, Tensor] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """One full-length forward of the untouched model with columns hidden from layer on; ``extra_ids`` are appended to the prompt.
+
+    ``tower``: columns hidden in the vision tower, from `tower_columns`.
+    """
     inputs = dict(inputs)
     if extra_ids is not None and extra_ids.shape[1]:
         for name in ("mm_token_type_ids", "token_type_ids"):
@@ -48,7 +106,7 @@ def masked_run(model: nn.Module, inputs: dict[str, Any], hidden: list[Tensor], e
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(extra_ids)], dim=1)
     length = inputs["input_ids"].shape[1]
     real = inputs["attention_mask"].bool()
-    handles = []
+    handles = hide_tower(tower or {})
 
     def make(layer: int) -> Any:
         def hook(module: nn.Module, args: Any, call: dict[str, Any]) -> Any:

@@ -374,7 +374,7 @@ def test_several_methods_together() -> None:
     """Stages of several methods act in the order of their points; budgets are shares of the original number."""
     family, model = tiny()
     prompt = family.prompt(ROWS)
-    with vlprune.apply(model, ["hiprune", "fastv"], keep=0.5, fastv={"layer": 3}) as handle:
+    with vlprune.apply(model, ["hiprune", "fastv"], hiprune={"keep": 0.5}, fastv={"layer": 3, "keep": 0.5}) as handle:
         out = generate(model, prompt)
         points = handle.report().points
         hidden = hidden_columns(handle.trace, 4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vlprune
-from tests.oracle import decoder_of, hidden_columns, masked_run, snapshot
+from tests.oracle import decoder_of, hidden_columns, masked_run, snapshot, tower_columns
 from tests.tiny import IMAGE, VIDEO, TinyFamily, families
 from vlprune.errors import MissingSignalError, UnsupportedPointError
 
@@ -41,6 +41,11 @@ def applied(model: torch.nn.Module, name: str, keep: Any = 0.4, **options: Any) 
         pytest.skip(f"declared: {error}")
 
 
+def decoder_points(handle: vlprune.PruneHandle) -> list[Any]:
+    """The records by row of the prompt; those of a tower are by picture, and what it dropped is in the first of these."""
+    return [record for record in handle.report().points if not record.point.startswith("vision:")]
+
+
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -64,7 +69,7 @@ def test_drop_equals_mask(method: str, family: str, attention: str, padding: str
             out = model.generate(**inputs, max_new_tokens=steps, **options)
             new_ids = out.sequences[:, prompt_length:]
         trace = handle.trace
-    depth = len(decoder_of(model).layers)  # type: ignore[arg-type]
+    depth, tower = len(decoder_of(model).layers), tower_columns(trace, model)  # type: ignore[arg-type]
     if trace is None:
         assert method == "dense"
         hidden = [torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)] * depth
@@ -72,7 +77,7 @@ def test_drop_equals_mask(method: str, family: str, attention: str, padding: str
         hidden = hidden_columns(trace, depth)
         assert bool(hidden[-1].any()) or card.adaptive
     if padding == "right":
-        reference = masked_run(model, inputs, hidden).logits
+        reference = masked_run(model, inputs, hidden, tower=tower).logits
         seen = inputs["attention_mask"].bool() & ~hidden[-1]
         torch.testing.assert_close(pruned[seen], reference[seen], **TOLERANCE)
         return
@@ -80,7 +85,7 @@ def test_drop_equals_mask(method: str, family: str, attention: str, padding: str
     if not handle.adapter.multimodal_rope:  # type: ignore[attr-defined]
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(new_ids[:, :-1])], dim=1)
         kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    reference = masked_run(model, inputs, hidden, new_ids[:, :-1], tiny.generated_type, **kwargs).logits
+    reference = masked_run(model, inputs, hidden, new_ids[:, :-1], tiny.generated_type, tower, **kwargs).logits
     for step, logits in enumerate(out.logits):
         torch.testing.assert_close(logits, reference[:, prompt_length - 1 + step], **TOLERANCE)
     reference[..., [IMAGE, VIDEO]] = -torch.inf
@@ -111,14 +116,15 @@ def test_keep_one_is_the_untouched_model(method: str, family: str, attention: st
         assert snapshot(model) == state
         assert torch.equal(model(**inputs).logits, before.logits)
     for record in report.points:
-        assert len(record.keep_indices) == 3
+        assert len(record.keep_indices) == 3 or record.point.startswith("vision:")      # a tower's rows are pictures
         assert record.visual_kept == sum(len(indices) for indices in record.keep_indices)
         for indices in record.keep_indices:
             assert indices.dtype == torch.int64
             assert bool((indices.diff() > 0).all())
     if method != "dense" and not card.adaptive:
-        budget, items = handle.method.stages[-1].budget, report.points[0].items
-        assert report.points[-1].visual_kept == sum(budget.num_keep(item.num_tokens, item.num_frames) for item in items)
+        stage = handle.method.stages[-1]
+        record = [record for record in report.points if record.point == stage.point.label][-1]
+        assert record.visual_kept == sum(stage.budget.num_keep(item.num_tokens, item.num_frames) for item in record.items)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -133,14 +139,14 @@ def test_row_of_a_batch_equals_the_row_alone(method: str, family: str) -> None:
     with applied(model, method) as handle, torch.no_grad():
         ids = {} if handle.adapter.multimodal_rope else {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}  # type: ignore[attr-defined]
         together = model(**inputs, **ids).logits
-        kept = [record.keep_indices for record in handle.report().points]
+        kept = [record.keep_indices for record in decoder_points(handle)]
         for number, row in enumerate(rows):
             alone = tiny.prompt([row], row_numbers=[number])
             logits = model(**alone).logits
             length = alone["input_ids"].shape[1]
             torch.testing.assert_close(together[number, -length:], logits[0], **TOLERANCE)
             if any(not isinstance(part, int) for part in row):
-                for point, record in zip(kept, handle.report().points, strict=True):
+                for point, record in zip(kept, decoder_points(handle), strict=True):
                     assert torch.equal(point[number], record.keep_indices[0])
 
 

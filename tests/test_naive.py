@@ -91,7 +91,7 @@ def test_merging_equals_loops_over_tokens(method: str, seed: int) -> None:
     card = vlprune.get_method(method)
     stem = card.build.__module__.rpartition(".")[2]
     naive = importlib.import_module(f"tests.naive.{stem}")
-    options = {key: value for key, value in card.test_options.items()}
+    options = dict(card.test_options)
     built = card.build(FACTS, 0.4, **options)
     modality = "video" if card.modality == "video" else "image"
     checked = 0

@@ -9,11 +9,28 @@ from typing import Any
 from torch import Tensor
 
 from vlprune.budget import Budget, Keep
+from vlprune.errors import OptionError
 from vlprune.points import Point
 from vlprune.protocols import Reducer, ScoreInputs, Scorer, Selector, Tap
 
 #: ``(inputs) -> (B,) bool``: whether a stage acts on each item. Reading it costs one host sync, so only adaptive methods have one.
 Gate = Callable[[ScoreInputs], Tensor]
+
+
+@dataclass(frozen=True)
+class VideoDrop:
+    """How a stage inside a vision tower drops over all frames of a video: visual tokens leave with all their patches, frames keep different numbers.
+
+    Such a stage sees the visual tokens of whole videos (`ScoreInputs.tokens` are the means over their patches).
+
+    Attributes:
+        key_bias: ``(scores (B, N), inputs) -> (B, N)``: added to the attention logits onto these tokens in the block before the point, where all of
+            them are still there; gradients reach the scorer through it. The scorer then has to do with signals of the blocks before that one.
+        refill: frames are packed into rows to run on; one that is alone in its row goes on looking at the tokens that it lost there.
+    """
+
+    key_bias: Callable[[Tensor, ScoreInputs], Tensor] | None = None
+    refill: bool = False
 
 
 @dataclass(frozen=True)
@@ -24,7 +41,10 @@ class Stage:
         budget: how many of an item's *original* tokens stay after this stage.
         gate: for adaptive methods; items for which it is false keep everything.
         gate_needs: signals the gate looks at.
-        restore: decoder layer before which the dropped rows come back (a *skip*); ``None``: at the output (a *prune*).
+        restore: layer of the point's tower before which the dropped rows come back (a *skip*); ``None``: at the output (a *prune*).
+        training: ``True``: acts only while the block at the point is in training mode; ``False``: only in evaluation; ``None``: always.
+            For vision points.
+        video: for vision points of methods for videos.
     """
 
     point: Point
@@ -35,6 +55,14 @@ class Stage:
     gate: Gate | None = None
     gate_needs: tuple[Tap, ...] = ()
     restore: int | None = None
+    training: bool | None = None
+    video: VideoDrop | None = None
+
+    def __post_init__(self) -> None:
+        if self.video is not None and self.point.tower != "vision":
+            raise OptionError(f"a stage over the frames inside a vision tower acts at vision points, not at {self.point.label}")
+        if self.training is not None and self.point.tower != "vision":
+            raise OptionError(f"a stage for training={self.training} only acts at vision points, not at {self.point.label}")
 
     @property
     def needs(self) -> tuple[Tap, ...]:
@@ -83,6 +111,27 @@ class LayerSkip:
 
 
 @dataclass(frozen=True)
+class DecodeSelect:
+    """While decoding, attend to some of the visual keys only, chosen anew at every step; the cache keeps them all.
+
+    Steps with one new token and no new visual ones. Text and generated tokens are always seen.
+
+    Attributes:
+        layer: 0-based decoder layer from which on (up to the next ``DecodeSelect``) the selection is seen instead of everything.
+        budget: how many of the keys that each visual item has there stay; chosen among all the visual keys of a row.
+        reads: earlier layer whose head-mean attention of the new token onto the visual keys is looked at.
+        reuse: the last selection stays while the cosine with the step before is at least this; ``None``: choose at every step.
+        choose: ``(attention (B, n), most) -> (B, most)``, best first, or ``None`` for the largest. Keys that a row does not have hold ``-inf``.
+    """
+
+    layer: int
+    budget: Budget
+    reads: int
+    reuse: float | None = None
+    choose: Callable[[Tensor, int], Tensor] | None = None
+
+
+@dataclass(frozen=True)
 class PruningMethod:
     """What `vlprune.apply` puts on a model.
 
@@ -92,6 +141,7 @@ class PruningMethod:
         positions: the method's own position policy, ``"preserve"`` or ``"renumber"``; the user's choice wins.
         bypasses, attends, layer_skips: rows, keys and layers that are skipped rather than dropped.
         size_bias: attention counts a merged token by its size (log of the size on its key).
+        decode_selects: which visual keys are looked at while decoding.
     """
 
     name: str
@@ -101,6 +151,7 @@ class PruningMethod:
     attends: tuple[Attend, ...] = ()
     layer_skips: tuple[LayerSkip, ...] = ()
     size_bias: bool = False
+    decode_selects: tuple[DecodeSelect, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +192,8 @@ class MethodCard:
         equivariant: permuting the tokens permutes the choice (false for baselines that look at places only).
         default_keep: used when the user gives none.
         golden: folders under ``golden/`` with the authors' numbers.
+        search: ``search(facts, keep, suggest) -> (keep, options)`` for `vlprune.tune`: draws each number with ``suggest(name, low, high)``;
+            ``None`` where these numbers cannot meet ``keep``.
     """
 
     name: str
@@ -159,3 +212,4 @@ class MethodCard:
     default_keep: Keep | tuple[float, ...] = 1 / 3
     golden: tuple[str, ...] = ()
     test_options: Mapping[str, Any] = field(default_factory=dict)
+    search: Callable[[ModelFacts, float, Callable[[str, float, float], float]], tuple[Any, dict[str, Any]] | None] | None = None

@@ -24,8 +24,10 @@ VISION_KINDS: dict[str, str] = {
     "vision_keys": "(N, d) head-mean keys",
     "vision_keys_all": "(N, H d) keys of all heads, side by side",
     "vision_states": "(N, Dv) output of the block: what the projector gets, for the feature layer",
+    "patch_states": "(N, M, Dv) output of the block at the M patches that make each visual token, zeros where it has fewer; inside a tower, for videos",
     "cls_state": "(N, Dv) output of the block at CLS, the same for every token",
     "pixels": "(N, 3 p p) the patch of the picture, as given to the tower, channel by channel; layer is ignored",
+    "survives": "(N,) 1 where stages inside the tower left the token, else 0; layer is ignored; for the engine, not for methods",
     "sensitivity": "(N,) how much the projector's output moves with its input; layer is ignored, options as in `vlprune.kernels.sensitivity`",
 }
 #: What can be tapped in a decoder. ``text_*`` are aligned with the T text tokens after the item (`ScoreInputs.text_valid`).
@@ -91,6 +93,8 @@ class ScoreInputs:
         text_valid: (B, T) which entries of ``text_*`` signals are text tokens after the item, others are filler; ``None`` if none were asked for.
         project: the model's projector, features (B, K, Dv) as in ``vision_states`` of the feature layer to tokens (B, K, D), where one feature
             becomes one token and nothing is done to it afterwards; ``None`` elsewhere (tiles, pooled frames, mergers of several patches).
+        num_frames: frames of each video as the host knows it; ``None`` for images and where only the grid says so.
+        roles: (B, N) role that an earlier stage gave each token (`Selection.roles`), or ``None``.
     """
 
     tokens: Tensor
@@ -103,6 +107,8 @@ class ScoreInputs:
     sizes: Tensor | None = None
     text_valid: Tensor | None = None
     project: Callable[[Tensor], Tensor] | None = None
+    num_frames: int | None = None
+    roles: Tensor | None = None
 
     def signal(self, tap: Tap) -> Tensor:
         """Return the signal asked for in ``needs``; (B, N) or (B, N, C), float32."""
@@ -121,11 +127,13 @@ class Selection:
         keep_indices: (B, K) int64, strictly increasing, numbering the N tokens of ``ScoreInputs.tokens``.
         roles: (B, K) small ints that index ``role_names``, for pictures; ``None`` if there is one role only.
         role_names: names of the roles.
+        plan: what a selector worked out on the way and the reducer made for it goes on with (indices, no features); ``None`` elsewhere.
     """
 
     keep_indices: Tensor
     roles: Tensor | None = None
     role_names: tuple[str, ...] = ("kept",)
+    plan: Any = None
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from vlprune.errors import NotFiniteError, OptionError
 from vlprune.method import PruningMethod, Stage
+from vlprune.points import BeforeLLM, Point
 from vlprune.protocols import Reduced, ScoreInputs, Selection, Tap, gather_tokens
 from vlprune.tokens import TokenLayout, VisualItem
 from vlprune.trace import PointRecord, Trace
 
 TEXT_KINDS = ("text_states", "text_normed", "text_key_l1")
 TEXT_VALID = Tap("text_valid", 0)
+SURVIVES = Tap("survives", 0)
 
 
 @dataclass
@@ -30,12 +32,14 @@ class ItemState:
         slots: (n,) places of its remaining tokens in the current, shortened row.
         original: (n,) their numbers within the item before any reduction.
         sizes: (n,) how many original tokens each stands for, or ``None``.
+        roles: (n,) what the last stage with roles kept each as, or ``None``.
     """
 
     item: VisualItem
     slots: Tensor
     original: Tensor
     sizes: Tensor | None = None
+    roles: Tensor | None = None
 
 
 @dataclass
@@ -108,6 +112,7 @@ class Session:
         for state in self.items:
             state.slots, state.original = state.slots.to(device), state.original.to(device)
             state.sizes = None if state.sizes is None else state.sizes.to(device)
+            state.roles = None if state.roles is None else state.roles.to(device)
 
     def real_tokens(self) -> Tensor:
         """(B, Lc) bool: entries that are neither padding nor filler."""
@@ -145,8 +150,8 @@ class Session:
         """Items that can be scored in one call: same current and original size, same modality, both with or without grid."""
         found: dict[Any, list[ItemState]] = defaultdict(list)
         for state in self.items:
-            key = (state.slots.numel(), state.item.num_tokens, state.item.num_frames, state.item.modality, state.item.grid is None, state.sizes is None)
-            found[key].append(state)
+            lacks = (state.item.grid is None, state.sizes is None, state.roles is None)
+            found[state.slots.numel(), state.item.num_tokens, state.item.num_frames, state.item.modality, lacks].append(state)
         return list(found.values())
 
     def reduce(self, stage: Stage, hidden: Tensor, collect: Collect) -> Tensor | None:
@@ -154,25 +159,22 @@ class Session:
         self.move(hidden.device)
         before = [state.slots.numel() for state in self.items]
         chosen: list[tuple[list[ItemState], Selection, Reduced]] = []
+        alone = getattr(stage.selector, "one_by_one", False)             # the data say how many stay, so every item has a number of its own
         for group in self.groups():
-            chosen.extend(self._choose(stage, group, hidden, collect))
+            for part in [[state] for state in group] if alone else [group]:
+                chosen.extend(self._choose(stage, part, hidden, collect))
         changed = bool(chosen)
         if changed:
-            self._record(stage, before, chosen)
-            hidden = self._shorten(stage, hidden, chosen)
+            self._record(stage.point, before, chosen)
+            hidden = self._shorten(stage.point.layer, stage.restore, hidden, chosen)
         else:
-            self._record(stage, before, [])
+            self._record(stage.point, before, [])
         return hidden if changed else None
 
     def _choose(self, stage: Stage, group: list[ItemState], hidden: Tensor, collect: Collect) -> list[tuple[list[ItemState], Selection, Reduced]]:
         first = group[0]
         current, total = first.slots.numel(), first.item.num_tokens
-        modality = self.pruner.modality
-        if modality != "any" and first.item.modality != modality:
-            raise OptionError(
-                f"{self.pruner.method.name} works on {modality}s only, but the prompt holds {_article(first.item.modality)}. "
-                f"Choose a method for {first.item.modality}s (see `vlprune methods`)."
-            )
+        self.check_modality(group)
         num_keep = min(current, stage.budget.num_keep(total, first.item.num_frames))
         if current == 0 or num_keep == current:
             return []
@@ -229,6 +231,8 @@ class Session:
             sizes=sizes,
             text_valid=collect(TEXT_VALID, group) if any(tap.kind in TEXT_KINDS for tap in stage.needs) else None,
             project=self.projectors.get(id(group[0].item)) if stage.point.layer == 0 and stage.point.tower == "decoder" else None,
+            num_frames=group[0].item.num_frames if grid is not None and group[0].item.modality == "video" else None,
+            roles=torch.stack([s.roles for s in group if s.roles is not None]) if group[0].roles is not None else None,
         )
 
     def _check_finite(self, stage: Stage, scores: Tensor) -> None:
@@ -245,7 +249,7 @@ class Session:
             if bool(flag):
                 raise nan_error(self.pruner.method.name, label)
 
-    def _shorten(self, stage: Stage, hidden: Tensor, chosen: list[tuple[list[ItemState], Selection, Reduced]]) -> Tensor:
+    def _shorten(self, layer: int, restore: int | None, hidden: Tensor, chosen: list[tuple[list[ItemState], Selection, Reduced]]) -> Tensor:
         num_rows, length = hidden.shape[:2]
         device = hidden.device
         places = torch.arange(length, device=device)
@@ -253,16 +257,20 @@ class Session:
         keep = places[None, :] < old_lengths[:, None]                                # (B, Lc)
         gone = [0] * num_rows
         put: list[tuple[Tensor, list[ItemState], Tensor, Reduced]] = []
-        undo_items = [(s.slots, s.original, s.sizes) for s in self.items]
+        undo_items = [(s.slots, s.original, s.sizes, s.roles) for s in self.items]
         for group, selection, reduced in chosen:
             rows = torch.tensor([state.item.row for state in group]).to(device, non_blocking=True)
             slots = torch.stack([state.slots for state in group])
             stay = torch.gather(slots, 1, selection.keep_indices)                    # (G, K)
             keep[rows[:, None], slots] = False
             keep[rows[:, None], stay] = True
-            for state, kept in zip(group, selection.keep_indices, strict=True):
+            for number, (state, kept) in enumerate(zip(group, selection.keep_indices, strict=True)):
                 gone[state.item.row] += state.slots.numel() - kept.numel()
                 state.original = state.original[kept]
+                if selection.roles is not None:
+                    state.roles = selection.roles[number]
+                elif state.roles is not None:
+                    state.roles = state.roles[kept]
             put.append((rows, group, stay, reduced))
         undo = (self.index, self.valid, self.lengths, self.pads, self.gone, undo_items)
         real = [length - pads - lost for length, pads, lost in zip(self.lengths, self.pads, gone, strict=True)]
@@ -297,12 +305,42 @@ class Session:
         for state in self.items:
             if id(state) not in touched:
                 state.slots = rank[state.item.row, state.slots]
-        self.cuts.append(Cut(order, hidden, stage.point.layer, stage.restore, last, undo))
+        self.cuts.append(Cut(order, hidden, layer, restore, last, undo))
         self.history.append(self.cuts[-1])
         self.index = order if self.index is None else torch.gather(self.index, 1, order)
         self.valid, self.lengths, self.pads = valid, lengths, pads
         self.gone = [before + now for before, now in zip(self.gone, gone, strict=True)]
         return shortened
+
+    def leave_tower(self, hidden: Tensor) -> Tensor:
+        """What stages inside the vision tower dropped does not enter the decoder either; ``hidden`` (B, L, D) are its inputs."""
+        states = [state for state in self.items if (SURVIVES, id(state.item)) in self.signals]
+        if not states:
+            return hidden
+        self.check_modality(states)
+        before = [state.slots.numel() for state in self.items]
+        masks = [self.signals[SURVIVES, id(state.item)] > 0.5 for state in states]
+        masks = [mask if state.item.grid is None else mask | (state.item.grid[:, 1] < 0).to(mask.device) for mask, state in zip(masks, states, strict=True)]
+        counts = torch.stack([mask.sum() for mask in masks]).tolist()     # one host read, before any decoder layer
+        chosen = []
+        for state, mask, count in zip(states, masks, counts, strict=True):
+            if count < mask.numel():
+                kept = mask.to(torch.uint8).argsort(descending=True, stable=True)[:count].sort().values
+                chosen.append(([state], Selection(kept[None]), Reduced()))
+        if not chosen:
+            return hidden
+        self._record(BeforeLLM(), before, chosen)
+        return self._shorten(0, None, hidden, chosen)
+
+    def check_modality(self, states: Iterable[ItemState]) -> None:
+        """The method's own kind of item, or an error."""
+        wanted = self.pruner.modality
+        for state in states:
+            if wanted not in ("any", state.item.modality):
+                raise OptionError(
+                    f"{self.pruner.method.name} works on {wanted}s only, but the prompt holds {_article(state.item.modality)}. "
+                    f"Choose a method for {state.item.modality}s (see `vlprune methods`)."
+                )
 
     def restore(self, hidden: Tensor, cuts: Iterable[Cut] | None = None) -> Tensor:
         """Put the rows that left back in their places, newest cut first, each with the state it left with."""
@@ -319,13 +357,13 @@ class Session:
             cut = self.cuts.pop()
             hidden = self.restore(hidden, [cut])
             self.index, self.valid, self.lengths, self.pads, self.gone, items = cut.undo
-            for state, (slots, original, sizes) in zip(self.items, items, strict=True):
-                state.slots, state.original, state.sizes = slots, original, sizes
+            for state, (slots, original, sizes, roles) in zip(self.items, items, strict=True):
+                state.slots, state.original, state.sizes, state.roles = slots, original, sizes, roles
         return hidden
 
-    def _record(self, stage: Stage, before: list[int], chosen: list[tuple[list[ItemState], Selection, Reduced]]) -> None:
+    def _record(self, point: Point, before: list[int], chosen: list[tuple[list[ItemState], Selection, Reduced]]) -> None:
         kept = {id(state): (selection, number) for group, selection, _ in chosen for number, state in enumerate(group)}
-        record = PointRecord(stage.point.label, self.pruner.method.name, sum(before), num_rows=self.layout.num_rows)
+        record = PointRecord(point.label, self.pruner.method.name, sum(before), num_rows=self.layout.num_rows)
         for state in self.items:
             entry = kept.get(id(state))
             selection, number = entry if entry is not None else (None, 0)

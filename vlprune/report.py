@@ -19,7 +19,7 @@ class Report:
             ``.visual_kept``, ``.keep_indices``.
         flops_dense, flops_pruned: prefill FLOPs, vision tower + scorer + decoder (conventions in `vlprune.flops`).
         kv_bytes_dense, kv_bytes_pruned: bytes of the key-value cache after prefill.
-        parts: the same FLOPs split into ``vision_dense``, ``vision_dense``, ``vision``, ``scorer``, ``decoder_dense``, ``decoder``.
+        parts: the same FLOPs split into ``vision_dense``, ``vision``, ``scorer``, ``decoder_dense``, ``decoder``.
             Every vision block counts as if each token saw its whole picture, windows included.
     """
 

@@ -20,6 +20,8 @@ class PointRecord:
         visual_before: visual tokens of the whole batch that reached the point.
         items, kept, roles: per visual item: the item, which of its tokens stay, and their roles.
         role_names: what the roles are called.
+        columns: inside a tower that sees a video: (frames, S) what each frame sees from this point on. key_bias: (frames, S) what was added to the
+            logits onto them in the block before; ``None`` where nothing was.
     """
 
     point: str
@@ -30,6 +32,8 @@ class PointRecord:
     roles: list[Tensor | None] = field(default_factory=list)
     role_names: tuple[str, ...] = ("kept",)
     num_rows: int = 0
+    columns: Tensor | None = None
+    key_bias: Tensor | None = None
 
     def add(self, item: VisualItem, kept: Tensor, roles: Tensor | None, role_names: tuple[str, ...]) -> None:
         """Note what stayed of one item."""

@@ -28,7 +28,7 @@ if str(HERE) not in sys.path:
 
 
 def options_of(name: str, meta: dict[str, Any]) -> dict[str, Any]:
-    """Method, keep and options of a case, from ``models/NAME.py``."""
+    """Method, keep and options of a case, from ``models/NAME.py``; ``roles``: which roles the stored indices hold, all by default."""
     return dict(importlib.import_module(f"models.{name}").options(meta))
 
 
@@ -48,15 +48,23 @@ def check_case(folder: Path, options: dict[str, Any], positions: str) -> str:
     inputs, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     steps = int(expected["greedy_tokens"].numel())
     model = load_model(folder)
-    method = options.pop("method")
+    method, roles = options.pop("method"), options.pop("roles", None)
     with torch.no_grad(), vlprune.apply(model, method, positions=positions, **options) as handle:
         out = model.generate(**inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True)  # type: ignore[operator]
         points = handle.report().points
     names = sorted(name for name in expected if name.startswith("keep_indices_stage"))
     if len(names) != len(points):
         return f"{len(points)} pruning points, expected {len(names)}"
+    problem = compare_slots(points, expected)
+    if problem:
+        return problem
     for name, record in zip(names, points, strict=True):
-        if not torch.equal(record.keep_indices[0], expected[name].flatten().long()):
+        if name.replace("keep_indices_", "") + "_visual_slots" in expected:
+            continue                                    # compared above, merged tokens included
+        kept = record.keep_indices[0]
+        if roles is not None:                           # the stored indices are those of some roles only; one image a case
+            kept = kept[torch.isin(record.roles[0].cpu(), torch.tensor([record.role_names.index(role) for role in roles]))]
+        if not torch.equal(kept, expected[name].flatten().long()):
             return f"{name}: kept tokens differ"
     logits = torch.stack(out.logits)[:, 0]
     error = float((logits - expected["step_logits"].reshape(logits.shape)).abs().max())
@@ -67,6 +75,25 @@ def check_case(folder: Path, options: dict[str, Any], positions: str) -> str:
     lengths = [layer.stored_keys().shape[2] for layer in out.past_key_values.layers]
     if lengths != expected["kv_lengths_end"].flatten().tolist():
         return f"cache lengths {lengths}"
+    return ""
+
+
+def compare_slots(points: list[Any], expected: dict[str, torch.Tensor]) -> str:
+    """What stands in every slot of the image after each stage: an original token, or the c-th token merged there, behind the kept ones."""
+    if not points or "stage0_visual_slots" not in expected:
+        return ""
+    labels = content = torch.arange(points[0].items[0].num_tokens)
+    for number, record in enumerate(points):
+        kept, name = record.keep_indices[0], f"stage{number}_visual_slots"
+        there = content[torch.searchsorted(labels, kept)]
+        merged = torch.zeros_like(kept, dtype=torch.bool)
+        if record.roles[0] is not None and "merged" in record.role_names:
+            merged = record.roles[0].cpu() == record.role_names.index("merged")
+        labels, content = kept, torch.cat([there[~merged], -1000 * (number + 1) - torch.arange(int(merged.sum()))])
+        if not torch.equal(content, expected[name].flatten().long()):
+            return f"{name}: differ"
+        if not torch.equal(content[content >= 0].sort().values, expected[f"keep_indices_stage{number}"].flatten().long()):
+            return f"keep_indices_stage{number}: kept tokens differ"
     return ""
 
 

@@ -31,14 +31,12 @@ Differences:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 
-from vlprune.budget import Budget, Keep
+from vlprune.budget import Keep
 from vlprune.errors import OptionError
 from vlprune.method import MethodCard, ModelFacts, PruningMethod, Stage
+from vlprune.methods._stages import falling_budgets, given_layers, scaled_layers
 from vlprune.points import Depth, LLMLayer
 from vlprune.protocols import Tap
 from vlprune.reducers import Drop
@@ -49,56 +47,9 @@ LAYERS = (Depth(7, of=32), Depth(9, of=32), Depth(12, of=32))
 SCHEDULES = {"high": (0.875, 0.625, 0.125), "low": (0.625, 0.1875, 0.0625)}
 
 
-@dataclass(frozen=True)
-class EarlierStage(Budget):
-    """A stage before the last where ``keep`` is a number: ``share``, raised to the power that leads to that number."""
-
-    share: float = 1.0
-    last_share: float = 0.125
-
-    def num_keep(self, num_tokens: int, num_frames: int = 1) -> int:
-        """Return how many of ``num_tokens`` stay; never fewer than the last stage needs."""
-        last = super().num_keep(num_tokens, num_frames)
-        return max(last, int(num_tokens * scaled_share(self.share, self.last_share, last / num_tokens)))
-
-
-def scaled_share(share: float, last_share: float, keep: float) -> float:
-    """Raise ``share`` to the power that turns ``last_share`` into ``keep``."""
-    return float(share ** (math.log(keep) / math.log(last_share)))
-
-
-def budgets(keep: Keep | str | Sequence[Keep], num_stages: int) -> tuple[Budget, ...]:
-    """One budget a stage, from a schedule's name, its shares, or what the last stage leaves."""
-    if isinstance(keep, str):
-        if keep not in SCHEDULES:
-            raise OptionError(
-                f"keep={keep!r}: 'high', 'low', a share or number for the last stage, or one share per stage"
-            )
-        return tuple(Budget(share, "floor") for share in SCHEDULES[keep][-num_stages:])
-    if not isinstance(keep, (int, float)):
-        if len(keep) != num_stages:
-            raise OptionError(
-                f"keep={tuple(keep)!r} has {len(keep)} shares, but there are {num_stages} stages; "
-                "give `layers` as well, or one number"
-            )
-        if any(type(after) is type(before) and after > before for before, after in pairwise(keep)):
-            raise OptionError(f"keep={tuple(keep)!r}: shares of the original number can only fall from stage to stage")
-        return tuple(Budget(share, "floor") for share in keep)
-    last = Budget(keep, "floor")
-    *earlier, end = SCHEDULES["high"][-num_stages:]
-    if isinstance(keep, int):
-        return (*(EarlierStage(keep, "floor", share=share, last_share=end) for share in earlier), last)
-    return (*(Budget(scaled_share(share, end, keep), "floor") for share in earlier), last)
-
-
 def stage_layers(depth: int) -> tuple[int, ...]:
-    """Where the stages act in a decoder of ``depth`` layers: scaled, distinct, inside."""
-    published = LAYERS[-max(1, min(len(LAYERS), depth - 1)) :]
-    layers: list[int] = []
-    for layer in published:
-        layers.append(max(layer.resolve(depth), layers[-1] + 1 if layers else 1))
-    room = range(max(depth, 2) - len(layers), max(depth, 2))
-    return tuple(min(layer, limit) for layer, limit in zip(layers, room, strict=True))
+    """Where the stages act in a decoder of ``depth`` layers."""
+    return scaled_layers(LAYERS, depth)
 
 
 def transprune(
@@ -123,32 +74,21 @@ def transprune(
         alpha: weight of transitions against instruction attention, in [0, 1].
     """
     places = (
-        stage_layers(facts.decoder_layers) if layers is None else _checked("layers", layers, 1, facts.decoder_layers)
+        stage_layers(facts.decoder_layers) if layers is None else given_layers("layers", layers, 1, facts.decoder_layers)
     )
     seen = (
         tuple(range(places[0] - 1, places[-1]))
         if accumulate is None
-        else _checked("accumulate", accumulate, 0, facts.decoder_layers)
+        else given_layers("accumulate", accumulate, 0, facts.decoder_layers)
     )
     if seen[0] >= places[0]:
         raise OptionError(f"accumulate={seen}: no layer before the first stage, which acts before layer {places[0]}")
     stages = []
-    for place, budget in zip(places, budgets(keep, len(places)), strict=True):
+    for place, budget in zip(places, falling_budgets(keep, SCHEDULES["high"], len(places), SCHEDULES), strict=True):
         transitions = TransitionVariation(tuple(layer for layer in seen if layer < place), variant)
         scorer = Blend(transitions, SignalScore(Tap("text_rows", place)), alpha)
         stages.append(Stage(LLMLayer(place), scorer, TopK(), Drop(), budget))
     return PruningMethod("transprune", tuple(stages))
-
-
-def _checked(name: str, given: Sequence[int], lowest: int, depth: int) -> tuple[int, ...]:
-    """Layer numbers from the user: ints, rising, inside the decoder."""
-    layers = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
-    whole = bool(layers) and all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers)
-    if not whole or layers[0] < lowest or layers[-1] >= max(depth, lowest + 1) or list(layers) != sorted(set(layers)):
-        raise OptionError(
-            f"{name}={given!r}: rising layer numbers from {lowest} to {depth - 1} are needed, counted from 0"
-        )
-    return layers
 
 
 CARD = MethodCard(

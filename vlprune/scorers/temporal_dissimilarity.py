@@ -40,14 +40,14 @@ class TemporalDissimilarity:
                 "this method compares each frame with the one before and needs the frame, row and column of every "
                 "token, but this model gives no grid. Choose another method (see `vlprune methods`)."
             )
-        previous, found = _same_cell_before(inputs.grid)
+        previous, found = same_cell_before(inputs.grid)
         tokens = inputs.tokens.float()
         change = 1 - F.cosine_similarity(tokens, gather_tokens(tokens, previous), dim=-1)
         change = torch.where(found, change, NEW_CELL)
         return torch.where(inputs.grid[..., 0] <= 0, FIRST_FRAME, change)
 
 
-def _same_cell_before(grid: Tensor) -> tuple[Tensor, Tensor]:
+def same_cell_before(grid: Tensor) -> tuple[Tensor, Tensor]:
     """Index (B, N) of the token at the same row and column one frame earlier, and whether there is one."""
     frame, row, column = grid.unbind(dim=-1)
     row, column = row + 1, column + 1  # separators (-1, -1) become cell 0
