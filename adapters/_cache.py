@@ -201,6 +201,10 @@ class PrunedLayer(CacheLayerMixin):
                 f"the cache cannot be rolled back to {new_length} tokens: {self.keymap.tail} tokens of it are a pruned prompt. "
                 "Start from a new cache instead."
             )
+        if self.selection is not None and (new_length if self.keymap is None else self.keymap.entries(new_length)) < self.selection.entries:
+            raise UnsupportedCallError(
+                f"the cache cannot be rolled back to {new_length} tokens, into a prompt whose keys are selected while decoding. Start from a new cache instead."
+            )
         self.inner.crop(tokens_to_remove)  # type: ignore[attr-defined]
         self.length = new_length
 

@@ -1,8 +1,9 @@
 """While decoding, layers attend to a selection of the visual keys, chosen at every step from an earlier layer's attention.
 
 The cache keeps every key. Before a layer runs on one new token, its cache layer is told which entries to hand out (`PrunedLayer.view`), and its
-mask is cut to them, so the attention really reads fewer keys. What is visual, what was chosen and what the step before looked like is a
-`Selection`, held by the cache layers: beams and interleaved generations take it along.
+mask is cut to them, so the attention really reads fewer keys; where copying them out would cost more than it saves, the others are masked. What is
+visual, what was chosen and what the step before looked like is a `Selection`, held by the cache layers: beams and interleaved generations take it
+along.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ class DecodeSelects:
     def __init__(self, layers: list[nn.Module], pruner: Pruner, backend: Callable[[], str]) -> None:
         self.layers, self.pruner, self.backend = layers, pruner, backend
         self.selects = sorted((s for s in pruner.method.decode_selects if not s.budget.is_everything), key=lambda s: s.layer)
+        self.grouped = any(getattr(attention_of(layer), "num_key_value_groups", 1) > 1 for layer in layers if self.selects)
         stages = [stage for places in pruner.stages("decoder").values() for stage in places]
         for select in self.selects:
             if not 0 <= select.reads < select.layer < len(layers):
@@ -108,13 +110,12 @@ class DecodeSelects:
                     f"{pruner.method.name} selects keys from layer {select.layer} on by the attention of layer {select.reads}; "
                     f"it must read an earlier layer, and this decoder has layers 0 to {len(layers) - 1}"
                 )
-            late = next((stage.point for stage in stages if stage.point.layer > select.reads or stage.restore is not None), None)
+            late = next((stage.point for stage in stages if max(stage.point.layer, stage.restore or 0) > select.reads), None)
             if late is not None:
                 raise UnsupportedPointError(
                     f"{pruner.method.name} selects keys while decoding by the attention of layer {select.reads}, so every layer from there on must hold "
                     f"the same keys; but tokens leave or return at {late.label}. Let them leave at llm:{select.reads} or earlier, or decode with all keys."
                 )
-
             skip = next((skip for skip in pruner.method.layer_skips if skip.layer >= select.reads), None)
             if skip is not None:
                 raise UnsupportedPointError(
@@ -159,18 +160,35 @@ class DecodeSelects:
         total = entry.slots if entry.slots is not None else 1 + (entry.length if entry.keymap is None else entry.keymap.entries(entry.length))
         if state.step.get("length") != entry.length:
             state.step = {"length": entry.length}
-        if ("view", hidden.device) not in state.step:
-            index, valid = state.view(total)
-            state.step["view", hidden.device] = View(index.to(hidden.device)), None if valid is None else valid.to(hidden.device)
-        entry.view, valid = state.step["view", hidden.device]
+        device = hidden.device
+        if ("view", device) not in state.step:
+            state.step["view", device] = self._view(state, total, device)
+        entry.view, columns, valid = state.step["view", device]
         mask = kwargs.get("attention_mask")
         if mask is None and valid is None:
             return kwargs
-        key = ("mask", hidden.device, id(mask))
+        key = ("mask", device, id(mask))
         if key not in state.step:
-            cut = _sequence.cut_mask(mask, rows=None, columns=entry.view.index, columns_valid=valid, query_positions=None, backend=self.backend())
+            cut = _sequence.cut_mask(mask, rows=None, columns=columns, columns_valid=valid, query_positions=None, backend=self.backend())
             state.step[key] = (cut, mask)                           # the mask is kept so that its id stays taken
         return {**kwargs, "attention_mask": state.step[key][0]}
+
+    def _view(self, state: Selection, total: int, device: torch.device) -> tuple[View | None, Tensor, Tensor | None]:
+        """What is copied out of a layer's entries, if anything is; the columns (B, S) that attention gets and which of them count (``None``: all)."""
+        index, valid = (None if part is None else part.to(device) for part in state.view(total))
+        assert index is not None
+        if self.copies(index.shape[1], total):
+            return View(index), index, valid
+        places = index if valid is None else torch.where(valid, index, total)
+        seen = torch.zeros(index.shape[0], total + 1, dtype=torch.bool, device=device).scatter(1, places, True)[:, :total]
+        return None, torch.arange(total, device=device).expand(index.shape[0], -1), seen
+
+    def copies(self, selected: int, total: int) -> bool:
+        """Whether to copy the selected entries out, so that attention reads them alone, rather than to hide the others from it.
+
+        Copied entries are read, written and read again. With grouped keys a mask costs more: it makes the host library copy all keys for every head.
+        """
+        return 3 * selected <= total or self.grouped or "flash" in self.backend()
 
     def _reading(self, select: DecodeSelect) -> Callable[..., Any]:
         @torch.no_grad()

@@ -160,13 +160,14 @@ class LlavaAdapter(VisionLanguageAdapter):
     def _attach_video_tower(self, hooks: HookSet, pruner: Pruner, tower: InnerTower) -> None:
         """Stages over the frames of a video."""
         config, onevision = self.model.config, self.model.config.model_type == "llava_onevision"
+        tower_config: Any = tower.tower.config
 
         def cells(patches: int) -> Cells:
             side = math.isqrt(patches)
             return halved(side) if onevision else strided(side, int(config.spatial_pool_stride))
 
         engine = PackedTower(
-            tower.blocks, pruner, prefix=tower.prefix, cells=cells, shape=tower.shape, backend=lambda: str(tower.tower.config._attn_implementation)
+            tower.blocks, pruner, prefix=tower.prefix, cells=cells, shape=tower.shape, backend=lambda: str(tower_config._attn_implementation)
         )
         engine.attach(hooks)
         tower.attach_tower(hooks, engine)  # type: ignore[arg-type]

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from vlprune.adapters._projector import sensitivity
+from vlprune.adapters._tower_sequence import TowerSequence
 from vlprune.adapters._vision import ATTENTION_KINDS, CLS_KINDS, STATE_KINDS, VisionTaps
 from vlprune.adapters._vlm import Features, VisionLanguageAdapter
 from vlprune.flops import TowerShape
 from vlprune.hooks import HookSet
 from vlprune.method import ModelFacts
+from vlprune.points import Point
 from vlprune.protocols import Tap
-from vlprune.pruner import Pruner
-from vlprune.tokens import raster_grid
+from vlprune.pruner import SURVIVES, Pruner
+from vlprune.tokens import VisualItem, raster_grid
 
 FAMILY = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
@@ -106,6 +108,16 @@ class QwenVLAdapter(VisionLanguageAdapter):
         )
         return {"decoder": decoder, "vision": tower}
 
+    def points(self) -> list[str]:
+        """Also the blocks of the tower."""
+        return [*(f"vision:{layer}" for layer in range(len(self.blocks))), *super().points()]
+
+    def offers(self, point: Point) -> frozenset[str]:
+        """In the tower what earlier blocks give; the merger stands behind it."""
+        if point.tower == "vision":
+            return self.vision_signals - {"sensitivity"} if point.layer > 0 else frozenset({"pixels"})
+        return super().offers(point)
+
     # hooks
 
     def attach(self, hooks: HookSet, pruner: Pruner) -> None:
@@ -126,18 +138,36 @@ class QwenVLAdapter(VisionLanguageAdapter):
         if hasattr(self.tower, "fullatt_block_indexes"):
             hooks.wrap(self.tower, "permute_input_for_window_attn", self._note_windows)
 
+    def attach_tower(self, hooks: HookSet, pruner: Pruner) -> None:
+        """Taps and stages; the features of blocks that DeepStack reads must be complete."""
+        self.attach_vision(hooks, pruner)
+        tower: Any = self.tower
+        TowerSequence(
+            self.blocks, pruner, merge=self.merge**2, items=self._tower_items, full=getattr(tower, "deepstack_visual_indexes", ()),
+            shape=self.dimensions()["vision"], backend=lambda: str(tower.config._attn_implementation),
+        ).attach(hooks, tower)  # fmt: skip
+
+    def _tower_items(self) -> list[VisualItem]:
+        """What the tower is about to run on, with places in its own order of tokens."""
+        windows: Tensor | None = self.pruner.vision.get("windows")
+        shapes = [(t, h // self.merge, w // self.merge) for t, h, w in self.pruner.vision["grid"]]
+        places = torch.arange(sum(t * h * w for t, h, w in shapes)) if windows is None else windows.argsort()
+        modality = getattr(self._local, "encoding", "") or "image"
+        parts = torch.split(places, [t * h * w for t, h, w in shapes])
+        return [VisualItem(0, part, modality, number, raster_grid(*shape)) for number, (part, shape) in enumerate(zip(parts, shapes, strict=True))]
+
     def _around_features(self, modality: str) -> Any:
         """Qwen3-VL encodes videos by calling its own ``get_image_features``: that inner call is part of the video."""
         around = super()._around_features(modality)
 
         def outermost(original: Any, *args: Any, **kwargs: Any) -> Any:
-            if getattr(self._local, "encoding", False):
+            if getattr(self._local, "encoding", ""):
                 return original(*args, **kwargs)
-            self._local.encoding = True
+            self._local.encoding = modality
             try:
                 return around(original, *args, **kwargs)
             finally:
-                self._local.encoding = False
+                self._local.encoding = ""
 
         return outermost
 
@@ -226,6 +256,10 @@ class QwenVLAdapter(VisionLanguageAdapter):
                 found.signals[tap] = list(torch.split(self._per_token(values), lengths))
             elif isinstance(tap, tuple) and isinstance(tap[1], Tap):
                 found.signals[tap[1]] = list(torch.split(values if tap[0] == "whole" else self._unpermuted(values), lengths))
+        session = self.pruner.vision.get("session")
+        if session is not None and session.index is not None:
+            stays = torch.zeros(sum(lengths), device=session.device).index_fill(0, session.index[0], 1.0)
+            found.signals[SURVIVES] = list(torch.split(self._unpermuted(stays), lengths))
         return found
 
     # decoder

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vlprune.adapter import find_adapter
 from vlprune.trace import Trace
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The decoder stack of any family, found the way the adapters do."""
-    from vlprune.adapter import find_adapter
-
     return find_adapter(model).decoder  # type: ignore[attr-defined]
 
 
@@ -39,16 +40,14 @@ def hidden_columns(trace: Trace, num_layers: int) -> list[Tensor]:
     return result
 
 
-def tower_columns(trace: Trace | None, model: nn.Module) -> dict[nn.Module, Tensor]:
+def tower_columns(trace: Trace | None, model: nn.Module) -> dict[nn.Module, Any]:
     """For each block of a vision tower that is cut inside, (pictures, S): columns that were dropped before its attention, or the bias on them."""
     records = [record for record in trace.points if record.point.startswith("vision:")] if trace is not None else []
     if not records:
         return {}
-    from vlprune.adapter import find_adapter
-
     result = {}
     for number, block in enumerate(find_adapter(model).blocks):  # type: ignore[attr-defined]
-        gone: Tensor | None = None
+        gone: Any = None
         for record in records:
             layer, _, inside = record.point.partition(":")[2].partition(".")
             if number == int(layer) - 1 and record.key_bias is not None:
@@ -64,13 +63,13 @@ def tower_columns(trace: Trace | None, model: nn.Module) -> dict[nn.Module, Tens
                 row[item.positions] = True
                 row[item.positions[kept.cpu()]] = False
                 rows.append(row)
-            gone = torch.stack(rows)
+            gone = rows if hasattr(block, "attn") else torch.stack(rows)      # one sequence of pictures of any size, or a batch
         if gone is not None:
             result[block] = gone
     return result
 
 
-def hide_tower(columns: dict[nn.Module, Tensor]) -> list[Any]:
+def hide_tower(columns: dict[nn.Module, Any]) -> list[Any]:
     """Hooks that hide columns from the attention of tower blocks, or add a bias on them."""
 
     def make(gone: Tensor) -> Any:
@@ -81,7 +80,47 @@ def hide_tower(columns: dict[nn.Module, Tensor]) -> list[Any]:
 
         return hook
 
-    return [block.register_forward_pre_hook(make(gone), with_kwargs=True) for block, gone in columns.items()]
+    return [block.register_forward_pre_hook(make(gone), with_kwargs=True) for block, gone in columns.items() if isinstance(gone, Tensor)]
+
+
+class PackedTowerHidden:
+    """Qwen's packed tower with columns hidden: every block's attention written out, with one mask for segments and dropped tokens."""
+
+    def __init__(self, tower: nn.Module, columns: dict[nn.Module, Any]) -> None:
+        self.tower, self.columns, self.windows = tower, columns, None
+
+    def __enter__(self) -> None:
+        if hasattr(self.tower, "permute_input_for_window_attn"):
+            permute = self.tower.permute_input_for_window_attn
+
+            def note(tensor: Tensor, window_index: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                self.windows = window_index
+                return permute(tensor, window_index, *args, **kwargs)
+
+            self.tower.permute_input_for_window_attn = note
+        for block, gone in self.columns.items():
+            block.attn.forward = self._forward(block.attn, torch.cat(gone))
+
+    def __exit__(self, *error: Any) -> None:
+        vars(self.tower).pop("permute_input_for_window_attn", None)
+        for block in self.columns:
+            vars(block.attn).pop("forward", None)
+
+    def _forward(self, attn: Any, gone: Tensor) -> Any:
+        rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb_vision
+
+        def forward(hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any = None, **kwargs: Any) -> Tensor:
+            length = hidden_states.shape[0]
+            tokens = gone if self.windows is None else gone[self.windows]
+            hidden = tokens.repeat_interleave(length // tokens.numel())
+            segment = torch.bucketize(torch.arange(length), cu_seqlens[1:], right=True)
+            queries, keys, values = attn.qkv(hidden_states).reshape(length, 3, attn.num_heads, -1).unbind(1)
+            queries, keys = rotate(queries, keys, *position_embeddings)
+            logits = torch.einsum("qhd,khd->hqk", queries, keys) * queries.shape[-1] ** -0.5
+            logits = logits.masked_fill((segment[:, None] != segment) | hidden, torch.finfo(logits.dtype).min)
+            return attn.proj(torch.einsum("hqk,khd->qhd", logits.softmax(dim=-1), values).reshape(length, -1))
+
+        return forward
 
 
 def masked_run(
@@ -90,7 +129,7 @@ def masked_run(
     hidden: list[Tensor],
     extra_ids: Tensor | None = None,
     generated_type: int = 0,
-    tower: dict[nn.Module, Tensor] | None = None,
+    tower: dict[nn.Module, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     """One full-length forward of the untouched model with columns hidden from layer on; ``extra_ids`` are appended to the prompt.
@@ -127,7 +166,8 @@ def masked_run(
     try:
         for layer, module in enumerate(decoder_of(model).layers):  # type: ignore[arg-type]
             handles.append(module.register_forward_pre_hook(make(layer), with_kwargs=True))
-        with torch.no_grad():
+        packed = {block: gone for block, gone in (tower or {}).items() if isinstance(gone, list)}
+        with torch.no_grad(), PackedTowerHidden(find_adapter(model).tower, packed) if packed else nullcontext():  # type: ignore[attr-defined]
             return model(**inputs, **kwargs)
     finally:
         for handle in handles:

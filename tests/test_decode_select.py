@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,12 +13,16 @@ from torch.nn import functional
 
 import vlprune
 from tests.oracle import decoder_of, snapshot
+from tests.test_no_sync import Watch
 from tests.tiny import IMAGE, PAD, VIDEO, families
+from vlprune.adapter import find_adapter
+from vlprune.adapters._decode_select import DecodeSelects
 from vlprune.budget import Budget
 from vlprune.errors import UnsupportedCallError, UnsupportedPointError
-from vlprune.method import DecodeSelect, PruningMethod, Stage
+from vlprune.method import DecodeSelect, LayerSkip, PruningMethod, Stage
 from vlprune.methods.random_drop import RandomScore
 from vlprune.points import BeforeLLM, LLMLayer
+from vlprune.pruner import Pruner
 from vlprune.reducers import Drop
 from vlprune.selectors import TopK
 
@@ -45,7 +50,12 @@ def dense(model: nn.Module, inputs: dict[str, Any], hidden: list[Tensor], **kwar
 
     def make(layer: int) -> Any:
         def hook(module: nn.Module, args: Any, call: dict[str, Any]) -> Any:
-            allowed = torch.ones(length, length).tril().bool()[None] & real[:, None, :] & ~hidden[layer]
+            mask = call.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.dim() == 4:             # the model's own: sliding windows, pictures that see themselves
+                allowed = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0]
+            else:
+                allowed = torch.ones(length, length).tril().bool()[None] & real[:, None, :]
+            allowed = allowed & ~hidden[layer]
             states = args[0] if args else call["hidden_states"]
             bias = torch.zeros(allowed.shape, dtype=states.dtype).masked_fill(~allowed, torch.finfo(states.dtype).min)
             return args, {**call, "attention_mask": bias[:, None]}
@@ -68,10 +78,11 @@ def expected_logits(
     model, start = family.build("eager"), prompt["input_ids"].shape[1]
     new = sequences[:, start:-1]
     inputs = {**prompt, "input_ids": sequences[:, :-1], "attention_mask": torch.cat([prompt["attention_mask"], torch.ones_like(new)], 1)}
-    if "mm_token_type_ids" in inputs:
-        inputs["mm_token_type_ids"] = torch.cat([prompt["mm_token_type_ids"], torch.zeros_like(new)], 1)
+    for types in ("mm_token_type_ids", "token_type_ids"):
+        if types in inputs:
+            inputs[types] = torch.cat([prompt[types], torch.full_like(new, family.generated_type)], 1)
     kwargs: dict[str, Any] = {}
-    if "image_grid_thw" not in inputs:
+    if not find_adapter(model).multimodal_rope:
         kwargs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     batch, length = inputs["input_ids"].shape
     depth = len(decoder_of(model).layers)
@@ -120,7 +131,11 @@ def items_of(handle: vlprune.PruneHandle, prompt: dict[str, Tensor], drop: float
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_equals_a_masked_dense_decode(name: str, attention: str, reuses: bool, drop: float | None, batch: int) -> None:
+@pytest.mark.parametrize("copies", [False, True], ids=["hidden", "copied"])
+def test_equals_a_masked_dense_decode(
+    name: str, attention: str, reuses: bool, drop: float | None, batch: int, copies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DecodeSelects, "copies", lambda *args: copies)
     family = families()[name]
     model, prompt = family.build(attention), family.prompt(rows_for(family)[:batch])
     select = DecodeSelect(2, Budget(0.3, "floor"), reads=1, reuse=REUSE[name] if reuses else None)
@@ -133,6 +148,54 @@ def test_equals_a_masked_dense_decode(name: str, attention: str, reuses: bool, d
     assert any(alike) == reuses, "the choice is reused where it should be, and the test shows it"
     lengths = {layer.stored_keys().shape[2] for layer in out.past_key_values.layers}
     assert len(lengths) == 1, "every layer keeps all keys"
+
+
+@pytest.mark.parametrize("name", sorted(families()))
+def test_every_family(name: str) -> None:
+    """Whether choices change from step to step is not looked at here."""
+    family = families()[name]
+    if "image" not in family.modalities:
+        pytest.skip(f"{name} has {family.modalities}")
+    model, prompt = family.build(), family.prompt(rows_for(family))
+    select = DecodeSelect(2, Budget(0.3, "floor"), reads=1)
+    with torch.no_grad(), vlprune.apply(model, method(select, 0.6)) as handle:
+        out = generate(model, prompt, steps=4)
+        expected, _ = expected_logits(family, prompt, out.sequences, select, handle.trace, items_of(handle, prompt, 0.6))
+    torch.testing.assert_close(torch.stack(out.logits, 1), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("copies", [False, True], ids=["hidden", "copied"])
+def test_a_decoding_step_reads_nothing_back(copies: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DecodeSelects, "copies", lambda *args: copies)
+    family = families()["llava"]
+    model, prompt = family.build(), family.prompt(rows_for(family)[:rows])
+    layers = decoder_of(model).layers
+    with torch.no_grad(), vlprune.apply(model, method(drop=0.6)):
+        out = model(**prompt, use_cache=True)
+        cache, mask, watch = out.past_key_values, prompt["attention_mask"], Watch()
+        first = layers[0].register_forward_pre_hook(lambda *_: watch.__enter__() and None, prepend=True)
+        last = layers[-1].register_forward_hook(lambda *_: watch.__exit__(None, None, None))
+        for _ in range(3):
+            mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
+            out = model(input_ids=out.logits[:, -1:].argmax(-1), attention_mask=mask, past_key_values=cache)
+        first.remove()
+        last.remove()
+        assert cache.layers[2].selection.chosen is not None
+    assert watch.found == []
+
+
+def test_copying_pays() -> None:
+    """Copied entries are moved three times; with grouped keys (this model's), or for flash attention, they are always copied."""
+    backend = ["sdpa"]
+    layers = list(decoder_of(families()["llava"].build()).layers)
+    selects = DecodeSelects(layers, Pruner(method(), positions="preserve"), lambda: backend[0])
+    assert selects.grouped
+    assert [selects.copies(selected, 90) for selected in (10, 31, 90)] == [True, True, True]
+    selects.grouped = False
+    assert [selects.copies(selected, 90) for selected in (10, 30, 31, 90)] == [True, True, False, False]
+    backend[0] = "flash_attention_2"
+    assert selects.copies(90, 90)
 
 
 def test_it_matters_and_everything_is_the_dense_model() -> None:
@@ -241,5 +304,15 @@ def test_what_does_not_fit_is_an_error() -> None:
     for select, words in ((DecodeSelect(2, Budget(0.5), reads=2), "earlier layer"), (DecodeSelect(9, Budget(0.5), reads=2), "layers 0 to 3")):
         with pytest.raises(UnsupportedPointError, match=words):
             vlprune.apply(model, method(select))
-    with pytest.raises(UnsupportedPointError, match="hold"):
+    with pytest.raises(UnsupportedPointError, match="leave at llm:1 or earlier"):
         vlprune.apply(model, method(drop=0.5, at=LLMLayer(2)))
+    skips = replace(method(), layer_skips=(LayerSkip(3, lambda *at: True),))
+    with pytest.raises(UnsupportedPointError, match="layer 3 is skipped"):
+        vlprune.apply(model, skips)
+    prompt = families()["llava"].prompt([[3, "image", 4, 5]])
+    with torch.no_grad(), vlprune.apply(model, method()):
+        cache = model(**prompt, use_cache=True).past_key_values
+        model(input_ids=torch.tensor([[5]]), attention_mask=torch.ones(1, prompt["input_ids"].shape[1] + 1), past_key_values=cache)
+        cache.crop(-1)                                                  # what was generated may be taken back
+        with pytest.raises(UnsupportedCallError, match="rolled back"):
+            cache.crop(-1)

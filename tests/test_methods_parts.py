@@ -239,7 +239,7 @@ def test_greedy_keeps_apart_what_is_equal(rule):
 
 
 def test_greedy_never_makes_an_n_by_n_matrix():
-    num_tokens, width = 1024, 4
+    num_tokens, width = 1024, 16
     features = torch.randn(1, num_tokens, width, generator=seeded(0))
     with Watch() as watch:
         greedy_select(features, 40, RULES["maxsum"], torch.tensor([0]))

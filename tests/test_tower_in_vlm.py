@@ -10,7 +10,13 @@ import torch
 import vlprune
 from tests.oracle import hidden_columns, masked_run, snapshot, tower_columns
 from tests.tiny import IMAGE, VIDEO, families
+from vlprune.budget import Budget
 from vlprune.errors import MissingSignalError, UnsupportedPointError
+from vlprune.method import PruningMethod, Stage
+from vlprune.methods.random_drop import RandomScore
+from vlprune.points import VisionLayer
+from vlprune.reducers import Drop
+from vlprune.selectors import TopK
 
 ROWS: list[list[Any]] = [[3, ("image", 0), 4], [2, ("image", 1), 3, ("image", 0), 5]]
 LOGITS: dict[str, Any] = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "suppress_tokens": [IMAGE, VIDEO]}
@@ -109,3 +115,56 @@ def test_towers_whose_features_are_mixed_afterwards() -> None:
     model = families()["llava_onevision"].build()
     with pytest.raises((UnsupportedPointError, MissingSignalError), match="vision:1"):
         vlprune.apply(model, "cls_attention", keep=0.5, layers=(1,))
+
+
+@pytest.mark.parametrize("modality", ["image", "video"])
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_packed_towers(name: str, layer: int, modality: str) -> None:
+    """Qwen-VL: pictures of different sizes and whole videos, windows, DeepStack; equal to the tower with the same columns hidden."""
+    family = families()[name]
+    model = family.build()
+    inputs = family.prompt([[3, (modality, 0), 4], [2, (modality, 1), 3, (modality, 0), 5], [6]])
+    with torch.no_grad():
+        before = model(**inputs).logits
+        with vlprune.apply(model, ["random", "fastv"], random={"point": f"vision:{layer}", "keep": 0.5}, fastv={"layer": 3, "keep": 0.25}) as handle:
+            out = model.generate(**inputs, max_new_tokens=3, **LOGITS)
+            trace = handle.trace
+        assert torch.equal(model(**inputs).logits, before)
+    assert trace is not None
+    tower, entrance, inside = trace.points
+    assert [record.point for record in trace.points] == [f"vision:{layer}", "before_llm", "llm:3"]
+    for picture, kept, later in zip(tower.items, tower.kept, entrance.kept, strict=True):
+        assert kept.numel() == round(0.5 * picture.num_tokens)
+        assert torch.equal(kept, later)
+    patches = 4 * sum(item.num_tokens for item in tower.items)
+    assert trace.vision_tokens == [patches] * layer + [4 * tower.visual_kept] * (4 - layer)
+    new, length = out.sequences[:, inputs["input_ids"].shape[1] :], inputs["input_ids"].shape[1]
+    reference = masked_run(model, inputs, hidden_columns(trace, 4), new[:, :-1], family.generated_type, tower_columns(trace, model)).logits
+    for step, logits in enumerate(out.logits):
+        torch.testing.assert_close(logits, reference[:, length - 1 + step], rtol=1e-4, atol=2e-4)
+    assert inside.visual_kept < entrance.visual_kept
+
+
+def test_packed_towers_with_everything_at_once() -> None:
+    """Images and a video in one prompt: two calls of the tower, each with its own record; recorded states keep their length; skips come back."""
+    family = families()["qwen3_vl"]
+    model = family.build()
+    inputs = family.prompt([[3, ("image", 0), ("video", 0), 4, ("image", 1), 5]])
+    stage = Stage(VisionLayer(1), RandomScore(), TopK(), Drop(), Budget(0.5), restore=3)
+    with torch.no_grad():
+        before = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], output_hidden_states=True)
+        with vlprune.apply(model, "random", keep=0.4, point="vision:1") as handle:
+            model(**inputs)
+            assert [record.point for record in handle.report().points] == ["vision:1", "vision:1", "before_llm"]
+            kept = [item.modality for record in handle.trace.points[:2] for item in record.items]
+            assert sorted(kept) == ["image", "image", "video"]
+            after = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], output_hidden_states=True)
+        assert [state.shape for state in after.hidden_states] == [state.shape for state in before.hidden_states]
+        assert torch.equal(after.hidden_states[1], before.hidden_states[1])
+        with vlprune.apply(model, PruningMethod("skip", (stage,))) as handle:
+            model(**inputs)
+            assert [record.point for record in handle.report().points] == ["vision:1", "vision:1"]       # nothing is missing behind the tower
+            patches = inputs["pixel_values"].shape[0] + inputs["pixel_values_videos"].shape[0]
+            assert handle.trace.vision_tokens[0] == handle.trace.vision_tokens[3] == patches
+            assert handle.trace.vision_tokens[1] < patches

@@ -63,12 +63,11 @@ def still_gains(still: Tensor) -> Tensor:
         (B, T, T) at s, e: cells that stand still from frame s to e, times e - s; 0 for e <= s.
     """
     items, steps, _ = still.shape
-    run = torch.zeros(items, steps + 1, still.shape[2], dtype=torch.int64, device=still.device)      # frames that each cell has stood still for
-    for frame in range(steps):
-        run[:, frame + 1] = torch.where(still[:, frame], run[:, frame] + 1, 0)
+    frames = torch.arange(steps + 1, device=still.device)
+    changed = torch.cat([torch.ones_like(still[:, :1]), ~still], dim=1)
+    run = frames[:, None] - torch.where(changed, frames[:, None], 0).cummax(dim=1).values            # (B, T, M) steps that each cell has stood still for
     counts = torch.zeros(items, steps + 1, steps + 2, dtype=torch.int64, device=still.device).scatter_add(2, run, torch.ones_like(run))
     at_least = counts.flip(2).cumsum(dim=2).flip(2)                                                  # (B, e, d) cells still for d steps or more
-    frames = torch.arange(steps + 1, device=still.device)
     back = (frames[None] - frames[:, None]).clamp(min=0)                                             # (s, e)
     return at_least.gather(2, back.mT.expand(items, -1, -1)).mT * back
 
