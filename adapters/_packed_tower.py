@@ -93,7 +93,8 @@ class PackedSession:
         members = self.cells.members.to(self.device, non_blocking=True)
         patches = hidden[:, self.prefix :]
         patches = torch.cat([patches, patches.new_zeros(patches.shape[0], 1, patches.shape[2])], dim=1)
-        return patches[:, members].unflatten(0, (self.videos, self.frames)).flatten(1, 2)
+        found = patches[:, members]                                                      # (B T, p, M, D)
+        return found.reshape(self.videos, -1, *found.shape[2:])
 
     def spread(self, values: Tensor, front: float) -> Tensor:
         """(B, T p) values of visual tokens to (B T, S) values of their patches, ``front`` for the prefix."""
@@ -131,12 +132,13 @@ class PackedTower:
     def _the_stage(self) -> Stage:
         method = self.pruner.method
         stages = [stage for found in self.pruner.stages("vision").values() for stage in found]
-        if len(stages) != 1 or stages[0].video is None:
+        video = stages[0].video
+        if len(stages) != 1 or video is None:
             raise UnsupportedPointError(f"{method.name} has {len(stages)} stages inside the tower; over the frames of a video there can be one, and no other")
         stage = stages[0]
         if stage.gate is not None or stage.restore is not None or not stage.reducer.exact:
             raise UnsupportedPointError(f"{method.name}: over the frames of a video tokens are dropped, not merged, brought back or decided on by a gate")
-        first = stage.point.layer - (stage.video.key_bias is not None)
+        first = stage.point.layer - (video.key_bias is not None)
         others = [tap for tap in self.pruner.taps("vision") if tap.kind != "patch_states"]
         if others:
             raise MissingSignalError(f"{method.name} reads {others[0]}, which cannot be had from a tower in which the frames of a video are packed")

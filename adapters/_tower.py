@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vlprune.adapter import Adapter
+from vlprune.adapters._block_parts import mlp_bounds, mlp_parts
+from vlprune.adapters._patch_bypass import BypassEngine
 from vlprune.adapters._vision_engine import AttentionTap, VisionEngine
 from vlprune.flops import TowerShape
 from vlprune.hooks import HookSet
 from vlprune.method import ModelFacts
-from vlprune.points import Point
+from vlprune.points import Point, VisionLayer, VisionMiddle
 from vlprune.pruner import Pruner
 
 
@@ -65,6 +68,10 @@ class TowerAdapter(Adapter):
         return None
 
     @abstractmethod
+    def bias_keys(self, args: tuple[Any, ...], kwargs: dict[str, Any], bias: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of a block, called without a mask, with ``bias`` (B, L) added to the logits onto its keys."""
+
+    @abstractmethod
     def attach_tower(self, hooks: HookSet, engine: VisionEngine) -> None:
         """Hook what stands around the blocks: where a call begins and ends, recorded states, pooling."""
 
@@ -73,7 +80,7 @@ class TowerAdapter(Adapter):
         """Kinds of signals that this tower can be asked for."""
         if not self.taps:
             return frozenset()
-        return frozenset({"column_mean", "vision_keys"} | ({"cls_row"} if self.has_cls else set()))
+        return frozenset({"column_mean", "vision_keys"} | ({"cls_row", "cls_row_heads"} if self.has_cls else set()))
 
     @property
     def facts(self) -> ModelFacts:
@@ -84,12 +91,14 @@ class TowerAdapter(Adapter):
         )
 
     def points(self) -> list[str]:
-        """The input of every block."""
-        return [f"vision:{layer}" for layer in range(len(self.blocks))]
+        """The input of every block, and the middle where a norm, an MLP and a sum follow the attention."""
+        numbers = range(len(self.blocks))
+        middles = [VisionMiddle(layer).label for layer in numbers] if all(mlp_bounds(block) for block in self.blocks) else []
+        return [*(VisionLayer(layer).label for layer in numbers), *middles]
 
     def offers(self, point: Point) -> frozenset[str]:
-        """Signals of the blocks before the point."""
-        return self.signals if point.tower == "vision" and point.layer > 0 else frozenset()
+        """Signals of the blocks whose attention ran before the point."""
+        return self.signals if point.tower == "vision" and point.order > (0, 0) else frozenset()
 
     def dimensions(self) -> dict[str, TowerShape]:
         """The tower's shape."""
@@ -99,11 +108,15 @@ class TowerAdapter(Adapter):
         """Drop once, a third of the way up, what CLS attends to least."""
         return "cls_attention", 0.7
 
+    def bypass_layers(self) -> tuple[int, ...]:
+        """All, where a norm, an MLP and a sum follow the attention."""
+        return tuple(range(len(self.blocks))) if self.alone and all(mlp_parts(block) for block in self.blocks) else ()
+
     def attach(self, hooks: HookSet, pruner: Pruner) -> None:
         """Put everything on."""
-        engine = VisionEngine(
+        engine = BypassEngine(
             self.blocks, pruner, prefix=self.prefix, taps=self.taps, patches=self.patches, sequence_first=self.sequence_first,
-            padding_masks=self.padding_masks, shape=self.shape, check=self.check, alone=self.alone,
+            padding_masks=self.padding_masks, shape=self.shape, check=self.check, bias_keys=self.bias_keys, alone=self.alone,
         )  # fmt: skip
         engine.attach(hooks)
         if engine.acts:

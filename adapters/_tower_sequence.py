@@ -111,8 +111,10 @@ class TowerSequence:
                 self._by_picture(session)
             hidden = states.reshape(-1, given.shape[-1])
             session.trace.vision_tokens.append(hidden.shape[0])
-            if session.index is None:
+            if session.index is None and hidden.shape == given.shape:
                 return None
+            if session.index is None:                                    # a skip has ended, everything is there again
+                return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
             bounds, rotations = kwargs["cu_seqlens"], kwargs["position_embeddings"]
             named = {**kwargs, "cu_seqlens": self._bounds(session, bounds), "position_embeddings": self._rotations(session, rotations)}
             return ((hidden, *args[1:]), named) if args else (args, {**named, "hidden_states": hidden})

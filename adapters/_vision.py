@@ -23,9 +23,9 @@ def plain_query_key(attn: nn.Module, states: Tensor, kwargs: dict[str, Any]) -> 
 
 
 #: Kinds that are computed from the queries and keys of a block, from what it hands on, and elsewhere (by the adapter).
-ATTENTION_KINDS = frozenset({"column_mean", "cls_row", "cls_row_wide", "received_from", "vision_keys", "vision_keys_all"})
+ATTENTION_KINDS = frozenset({"column_mean", "cls_row", "cls_row_heads", "cls_row_wide", "received_from", "vision_keys", "vision_keys_all"})
 STATE_KINDS = frozenset({"vision_states", "cls_state"})
-CLS_KINDS = frozenset({"cls_row", "cls_row_wide", "cls_state"})
+CLS_KINDS = frozenset({"cls_row", "cls_row_heads", "cls_row_wide", "cls_state"})
 
 
 class VisionTaps:
@@ -80,25 +80,30 @@ class VisionTaps:
 def signal_flops(taps: Sequence[Tap], width: int, queries: Tensor, pairs: int) -> float:
     """Matrix products of one look at (B, H, S, d) queries: projections anew, and products over ``pairs`` of tokens or one row each."""
     batch, heads, tokens, head_dim = queries.shape
-    each = {"column_mean": pairs, "received_from": 2 * pairs, "cls_row": batch * tokens, "cls_row_wide": batch * tokens}
+    each = {"column_mean": pairs, "received_from": 2 * pairs, **dict.fromkeys(("cls_row", "cls_row_heads", "cls_row_wide"), batch * tokens)}
     rows = sum(2.0 * heads * head_dim * each.get(tap.kind, 0) for tap in taps)
     sides = 2 if any(tap.kind in each for tap in taps) else 1            # keys alone need no queries
     return 2.0 * sides * batch * tokens * width * heads * head_dim + rows
 
 
-def signal(tap: Tap, queries: Tensor, keys: Tensor, scale: float, lengths: list[int] | None) -> Tensor:
-    """One signal from (B, H, S, d) queries and keys: (B, S) or (B, S, C)."""
-    if tap.kind == "column_mean":
-        return _attention.column_mean(queries, keys, scale, lengths)
-    if tap.kind == "received_from":
+def signal(tap: Tap, queries: Tensor, keys: Tensor, scale: float, lengths: list[int] | None, bias: Tensor | None = None) -> Tensor:
+    """One signal from (B, H, S, d) queries and keys: (B, S) or (B, S, C). ``bias`` (B, S) is added to the logits onto each key."""
+    if tap.kind in ("column_mean", "received_from"):
+        if bias is not None:                                             # one more feature, with which every query asks for the bias
+            wide = bias[:, None, :, None].expand(-1, keys.shape[1], -1, 1).float()
+            queries, keys = (torch.cat([part.float(), more], dim=-1) for part, more in ((queries, torch.full_like(wide, 1 / scale)), (keys, wide)))
+        if tap.kind == "column_mean":
+            return _attention.column_mean(queries, keys, scale, lengths)
         share, how = tap.options
         return _attention.received_from(queries, keys, scale, lengths, share, how)
-    if tap.kind == "cls_row":
-        logits = (queries[:, :, :1].float() * scale) @ keys.float().transpose(-1, -2)
-        return logits.softmax(dim=-1).mean(dim=1).squeeze(1)
+    if tap.kind in ("cls_row", "cls_row_heads"):
+        logits = (queries[:, :, :1].float() * scale) @ keys.float().transpose(-1, -2)    # (B, H, 1, S)
+        rows = (logits if bias is None else logits + bias[:, None, None]).softmax(dim=-1)
+        return rows.mean(dim=1).squeeze(1) if tap.kind == "cls_row" else rows.squeeze(2).mT
     if tap.kind == "cls_row_wide":                                       # heads side by side are one wide head
         query, wide = queries[:, :, 0].flatten(1).float(), keys.transpose(1, 2).flatten(2).float()
-        return (wide @ query[..., None]).squeeze(-1).mul(query.shape[1] ** -0.5).softmax(dim=-1)
+        logits = (wide @ query[..., None]).squeeze(-1).mul(query.shape[1] ** -0.5)
+        return (logits if bias is None else logits + bias).softmax(dim=-1)
     if tap.kind == "vision_keys_all":
         return keys.transpose(1, 2).flatten(2).float()
     assert tap.kind == "vision_keys"

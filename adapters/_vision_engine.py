@@ -1,4 +1,6 @@
-"""How a vision tower is held: at the input of a block patch tokens leave, behind the last block every token is back in its place.
+"""How a vision tower is held: patch tokens leave in front of a block or in its middle, and are back in their places behind the last.
+
+See `vlprune.adapters._middle` for what goes on in the middle of a block.
 
 Shared by CLIP, SigLIP and ViT of transformers, open_clip and timm. The sequence is prefix tokens (CLS, distillation, registers;
 they always stay), then the patches in raster order. Every image keeps the same number, so every shape is known before the data.
@@ -11,6 +13,8 @@ they always stay), then the patches in raster order. Every image keeps the same 
   Norms and projections behind the tower work token by token and need nothing.
 - A tap reads a block that ran before the point. After an earlier drop it sees the shorter sequence; values are stored by the
   tokens' original numbers, so that a later point finds those of its own survivors.
+- **Merged tokens count by their size** where the method says so (``size_bias``): the log of the size is added to the logits onto a merged token, in
+  the blocks behind and in the signals read from them, and what pools over tokens sees each of them as often as its size says.
 """
 
 from __future__ import annotations
@@ -41,6 +45,10 @@ ELSEWHERE = frozenset({"pixels", "sensitivity"})
 QueryKey = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+#: ``(args, kwargs, bias (B, L)) -> (args, kwargs)`` of a block.
+BiasKeys = Callable[[tuple[Any, ...], dict[str, Any], Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
 @dataclass(frozen=True)
 class AttentionTap:
     """Where the attention of one block can be read.
@@ -66,6 +74,9 @@ class VisionSession(Session):
         grid: (N, 3) frame, row and column of every patch on the device, or ``None``.
         original: (B, n) numbers of the patches still there. sizes: (B, n) what each stands for, or ``None``.
         recording: every block hands out full length.
+        bias: (B, L') log of the sizes, where attention counts by them, in the block at hand.
+        guests: rows behind the patches that take part in the attention of the block at hand.
+        waiting: states between attention and MLP, until the MLP's output is there; then ``done``, the block's output.
     """
 
     prefix: int = 0
@@ -74,6 +85,10 @@ class VisionSession(Session):
     sizes: Tensor | None = None
     recording: bool = False
     published: bool = False
+    bias: Tensor | None = None
+    guests: int = 0
+    waiting: Tensor | None = None
+    done: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Every patch is there."""
@@ -104,7 +119,7 @@ class VisionSession(Session):
         if num_keep == current:
             self._note(stage, None)
             return hidden
-        with torch.no_grad():                           # choosing has no gradient; merging does
+        with torch.no_grad(), self.pruner.timed():      # choosing has no gradient; merging does
             found = self._select(stage, [], hidden, num_keep, _already_stored)
         assert found is not None                        # no gates here
         _, inputs, selection = found
@@ -117,7 +132,8 @@ class VisionSession(Session):
         self.history.append(self.cuts[-1])
         self.index = order if self.index is None else torch.gather(self.index, 1, order)
         self.original = torch.gather(self.original, 1, selection.keep_indices)
-        self.sizes = reduced.sizes
+        kept = None if self.sizes is None else torch.gather(self.sizes, 1, selection.keep_indices)
+        self.sizes = kept if reduced.sizes is None else reduced.sizes
         if reduced.tokens is None:
             return gather_tokens(hidden, order)
         return torch.cat([hidden[:, : self.prefix], reduced.tokens.to(hidden.dtype)], dim=1)
@@ -129,6 +145,23 @@ class VisionSession(Session):
             hidden = self.restore(hidden, [cut])
             self.index, self.original, self.sizes = cut.undo
         return hidden
+
+    def key_bias(self) -> Tensor | None:
+        """(B, L') log of how many patches each token stands for; ``None`` while all stand for themselves."""
+        return None if self.sizes is None else torch.nn.functional.pad(self.sizes.float().log(), (self.prefix, 0))
+
+    def counted(self) -> Tensor | None:
+        """Places of the tokens that pooling sees; ``None``: all of them.
+
+        Where attention counts by sizes, N entries stand for the N patches, and each merged token is among them as often as its size says; if patches
+        were dropped besides, as near to that as N entries come.
+        """
+        if self.index is None or self.sizes is None or not self.pruner.method.size_bias:
+            return self.index
+        ends = self.sizes.float().cumsum(dim=1)
+        asked = (torch.arange(self.num_original, device=ends.device) + 0.5) / self.num_original * ends[:, -1:]
+        who = torch.searchsorted(ends, asked).clamp(max=ends.shape[1] - 1)
+        return torch.cat([self.index[:, : self.prefix], torch.gather(self.index, 1, who + self.prefix)], dim=1)
 
     def _inputs(self, stage: Stage, group: list[ItemState], hidden: Tensor, num_keep: int, collect: Collect) -> ScoreInputs:
         grid = None
@@ -179,6 +212,7 @@ class VisionEngine:
         padding_masks: whether a two-dimensional mask is (B, L) padding (transformers) or an (L, L) map.
         shape: for the FLOPs count.
         check: called before the first block; raises if the model is about to run in a way that cannot be pruned.
+        bias_keys: ``(args, kwargs, bias (B, L)) -> (args, kwargs)`` of a block with ``bias`` added to the logits onto its keys; ``None``: cannot be.
         alone: whether the tower is the whole model; inside a larger one, the rest of a method is the business of others.
     """
 
@@ -194,12 +228,17 @@ class VisionEngine:
         padding_masks: bool = False,
         shape: TowerShape | None = None,
         check: Callable[[], None] | None = None,
+        bias_keys: BiasKeys | None = None,
         alone: bool = True,
     ) -> None:
-        self.alone = alone
+        self.alone, self.bias_keys = alone, bias_keys
         self.blocks, self.pruner, self.prefix, self.taps, self.patches = list(blocks), pruner, prefix, list(taps), patches
         self.sequence_first, self.padding_masks, self.shape, self.check = sequence_first, padding_masks, shape, check
-        self.stages = pruner.stages("vision")
+        self.stages: dict[int, list[Stage]] = {}                         # at the input of each block, and in its middle
+        self.middles: dict[int, list[Stage]] = {}
+        for layer, stages in pruner.stages("vision").items():
+            for stage in stages:
+                (self.middles if stage.point.order > (layer, 0) else self.stages).setdefault(layer, []).append(stage)
         self.wanted: dict[int, list[Tap]] = {}
         for tap in pruner.taps("vision"):
             if tap.kind in ELSEWHERE:
@@ -212,7 +251,7 @@ class VisionEngine:
     @property
     def acts(self) -> bool:
         """Whether there is anything to do in this tower."""
-        return bool(self.stages)
+        return bool(self.stages or self.middles)
 
     @property
     def session(self) -> VisionSession | None:
@@ -241,13 +280,15 @@ class VisionEngine:
         method = self.pruner.method
         if self.alone and (method.bypasses or method.layer_skips):
             raise UnsupportedPointError(f"{method.name} skips rows or layers of a decoder, which a vision tower does not have")
-        if self.stages and self.pruner.modality not in ("any", "image"):
+        if self.acts and self.pruner.modality not in ("any", "image"):
             raise OptionError(f"{method.name} works on {self.pruner.modality}s only, but a vision tower sees images. Choose a method for images.")
-        if self.alone and self.stages and self.pruner.positions == "renumber":
+        if self.alone and self.acts and self.pruner.positions == "renumber":
             raise UnsupportedModelError(
                 "positions='renumber' means nothing here: a vision tower adds its position embeddings before its first block. Use positions='preserve'."
             )
-        for stages in self.stages.values():
+        if method.size_bias and self.acts and self.bias_keys is None:
+            raise UnsupportedPointError(f"{method.name} lets attention count merged tokens by their size, which this tower's attention cannot do")
+        for stages in (*self.stages.values(), *self.middles.values()):
             for stage in stages:
                 if stage.gate is not None:
                     raise UnsupportedPointError(
@@ -255,7 +296,8 @@ class VisionEngine:
                         "tower cannot run. Use a method with a fixed budget at vision points."
                     )
                 for tap in stage.needs:
-                    if tap.tower != "vision" or tap.layer >= stage.point.layer:
+                    ran = (tap.layer, int(tap.kind in STATE_KINDS)) < stage.point.order     # a block's attention is there in its middle
+                    if tap.tower != "vision" or not ran:
                         raise MissingSignalError(
                             f"{method.name} reads {tap}, but when {stage.point.label} is reached only {stage.point.layer} vision blocks have run"
                         )
@@ -356,18 +398,23 @@ class VisionEngine:
                     hidden = session.cut(stage, hidden)
             session.trace.vision_tokens.append(hidden.shape[0] * hidden.shape[1])
             masks = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor) and value is not given]
-            if self.wanted and (masks or kwargs.get("is_causal")):
+            if (self.wanted or self.pruner.method.size_bias) and (masks or kwargs.get("is_causal")):
                 raise UnsupportedCallError(
                     f"{self.pruner.method.name} reads the tower's attention, which is not defined under an attention mask given to the tower. "
                     "Leave the mask out, or use a method that reads no attention (random, uniform)."
                 )
+            session.bias = session.key_bias() if self.pruner.method.size_bias else None
             if session.index is None and hidden is arrived:
                 return None
             if self.sequence_first:
                 hidden = hidden.transpose(0, 1).contiguous()
             rest = tuple(self._cut_mask(session, value) for value in args[1:])
             named = {name: hidden if value is given else self._cut_mask(session, value) for name, value in kwargs.items()}
-            return ((hidden, *rest), named) if args else (args, named)
+            changed = ((hidden, *rest), named) if args else (args, named)
+            if session.bias is None:
+                return changed
+            assert self.bias_keys is not None                            # checked before anything was attached
+            return self.bias_keys(*changed, session.bias.to(hidden.dtype))
 
         return hook
 
@@ -420,10 +467,13 @@ class VisionEngine:
                 return
             states = output if where.reads_output else args[0] if args else kwargs["hidden_states"]
             states = states.transpose(0, 1) if self.sequence_first else states
-            queries, keys = where.query_key(states)
-            for tap in taps:
-                session.store(tap, signal(tap, queries, keys, where.scale, None))
-                session.trace.scorer_flops += _signal_flops(tap, states, queries)
+            with self.pruner.timed():
+                queries, keys = where.query_key(states)
+                bias = None if session.bias is None else torch.nn.functional.pad(session.bias, (0, session.guests))
+                for tap in taps:
+                    values = signal(tap, queries, keys, where.scale, None, bias)
+                    session.store(tap, values[:, : states.shape[1] - session.guests])
+                    session.trace.scorer_flops += _signal_flops(tap, states, queries)
 
         return hook
 
@@ -442,11 +492,10 @@ class VisionEngine:
     # what comes after the tower
 
     def survivors(self, tokens: Tensor) -> Tensor:
-        """Prefix and surviving patches (B, L', D) of full-length ``tokens`` (B, L, D) of the call this thread is in."""
+        """Prefix and surviving patches (B, L', D) of full-length ``tokens`` (B, L, D) of the call this thread is in, as pooling sees them."""
         session = self.session
-        if session is None or session.index is None or tokens.shape[1] != session.layout.length:
-            return tokens
-        return gather_tokens(tokens, session.index)
+        index = None if session is None or tokens.shape[1] != session.layout.length else session.counted()
+        return tokens if index is None else gather_tokens(tokens, index)
 
     def full_states(self, states: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Recorded hidden states, entry ``i`` the input of block ``i``, at full length."""
@@ -472,5 +521,5 @@ def _signal_flops(tap: Tap, states: Tensor, queries: Tensor) -> float:
     """Matrix products of the projections and of the signal itself."""
     rows, length, width = states.shape
     inner = queries.shape[1] * queries.shape[3]
-    seen = {"column_mean": length, "cls_row": 1}.get(tap.kind, 0)
+    seen = {"column_mean": length, "cls_row": 1, "cls_row_heads": 1}.get(tap.kind, 0)
     return 2.0 * rows * length * inner * ((2 if seen else 1) * width + seen)

@@ -99,6 +99,17 @@ class ClipAdapter(TowerAdapter):
             len(self.blocks), int(config.hidden_size), heads, heads, int(config.hidden_size) // heads, int(config.intermediate_size), gated=False
         )
 
+    def bias_keys(self, args: tuple[Any, ...], kwargs: dict[str, Any], bias: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As the attention mask, second or by name."""
+        config: Any = self.tower.config
+        if "flash" in str(config._attn_implementation):
+            raise UnsupportedCallError(
+                "attention that counts merged tokens by their size adds to its logits, which flash attention does not take. Load the model with "
+                "attn_implementation='sdpa', or switch the counting off where the method has an option for it (proportional=False)."
+            )
+        mask = bias[:, None, None]
+        return ((args[0], mask, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "attention_mask": mask})
+
     def attach_tower(self, hooks: HookSet, engine: VisionEngine) -> None:
         """Begin and end of a call, recorded states, heads that read every token."""
         averages = threading.local()

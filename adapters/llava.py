@@ -206,8 +206,12 @@ class LlavaAdapter(VisionLanguageAdapter):
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             with self.pruner.timed():
                 values, flops = sensitivity(module, args[0] if args else kwargs["image_features"], tap.options)
-            skip = self.pruner.vision["tower"][1] - values.shape[1]
-            self.pruner.vision[tap] = torch.nn.functional.pad(values, (skip, 0))
+            if "pooled" in self.pruner.vision:                           # the projector stands behind the pooling: these are the tokens' own
+                widths, channels = self.pruner.vision.get("packed", ([], torch.ones_like(values[..., None])))
+                self.pruner.vision["packed"] = ([(tap, 1), *widths], torch.cat([values[..., None], channels], dim=-1))
+            else:
+                skip = self.pruner.vision["tower"][1] - values.shape[1]
+                self.pruner.vision[tap] = torch.nn.functional.pad(values, (skip, 0))
             self.pruner.vision["flops"] = self.pruner.vision.get("flops", 0.0) + flops
 
         return hook
@@ -248,6 +252,7 @@ class LlavaAdapter(VisionLanguageAdapter):
 
     def _pool_signals(self, original: Any, features: Tensor) -> Any:
         pooled = original(features)
+        self.pruner.vision["pooled"] = True
         widths, stacked = self._stacked()
         if stacked is not None:
             with torch.no_grad():

@@ -87,6 +87,11 @@ class OpenClipAdapter(TowerAdapter):
         """Checkpointing replays the hooks in backward, when the call is over."""
         refuse_checkpointing(self.tower.transformer, "model.set_grad_checkpointing(False)")
 
+    def bias_keys(self, args: tuple[Any, ...], kwargs: dict[str, Any], bias: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As a mask (B H, L, L) in which all rows are one."""
+        heads, length = int(self.tower.transformer.resblocks[0].attn.num_heads), bias.shape[1]
+        return args[:1], {**kwargs, "attn_mask": bias.repeat_interleave(heads, dim=0)[:, None].expand(-1, length, -1)}
+
     def attach_tower(self, hooks: HookSet, engine: VisionEngine) -> None:
         """Begin and end of a call, intermediates, pooling."""
 

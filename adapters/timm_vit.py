@@ -93,6 +93,10 @@ class TimmVitAdapter(TowerAdapter):
         """Checkpointing replays the hooks in backward, when the call is over."""
         refuse_checkpointing(self.tower, "model.set_grad_checkpointing(False)")
 
+    def bias_keys(self, args: tuple[Any, ...], kwargs: dict[str, Any], bias: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As the attention mask."""
+        return args[:1], {**kwargs, "attn_mask": bias[:, None, None]}
+
     def attach_tower(self, hooks: HookSet, engine: VisionEngine) -> None:
         """Begin and end of a call, intermediates, pooling."""
         seen: Any = WeakTensorKeyDictionary()
@@ -100,8 +104,9 @@ class TimmVitAdapter(TowerAdapter):
         def note(output: Any) -> None:
             features = output[0] if isinstance(output, tuple) else output.get("image_features") if isinstance(output, dict) else output
             session = engine.session
-            if isinstance(features, Tensor) and session is not None and session.index is not None:
-                seen[features] = session.index
+            index = None if session is None else session.counted()
+            if isinstance(features, Tensor) and index is not None:
+                seen[features] = index
 
         def features(original: Any, *args: Any, **kwargs: Any) -> Any:
             with engine.scope():

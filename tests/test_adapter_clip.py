@@ -28,6 +28,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform_last": ("uniform", {"point": f"vision:{DEPTH - 1}"}),
     "cls": ("cls_attention", {}),
     "cls_twice": ("cls_attention", {"layers": (1, 3)}),
+    "middle": ("random", {"point": "vision:1.mid"}),
+    "middle_first": ("uniform", {"point": "vision:0.mid"}),
+    "middle_last": ("random", {"point": f"vision:{DEPTH - 1}.mid"}),
 }
 
 
@@ -36,6 +39,8 @@ def tower(name: str, case: str = "random") -> TinyVit:
     family = vit_families()[name]
     if family.missing:
         pytest.skip(family.missing)
+    if case.startswith("middle") and name == "timm_parallel":
+        pytest.skip("attention and MLP side by side: there is no middle")
     if not family.taps and case.startswith("cls"):
         pytest.skip(f"{name} declares that its attention cannot be read")
     return family
@@ -53,13 +58,13 @@ def run(family: TinyVit, model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
 
 
 def gone_by_block(handle: vlprune.PruneHandle, family: TinyVit, rows: int) -> list[Tensor]:
-    """(B, L) bool for every block: columns that left before it."""
+    """(B, L) bool for every block, columns that left before its attention; and those that left at all."""
     assert handle.trace is not None
     gone = torch.zeros(rows, family.prefix + family.num_patches, dtype=torch.bool)
     result = []
-    for block in range(DEPTH):
+    for block in range(DEPTH + 1):
         for record in handle.trace.points:
-            if record.point == f"vision:{block}":
+            if record.point in (f"vision:{block}", f"vision:{block - 1}.mid"):
                 for row, kept in enumerate(record.kept):
                     stays = torch.zeros(family.num_patches, dtype=torch.bool)
                     stays[kept] = True
@@ -521,7 +526,7 @@ def test_timm_masks_and_patch_dropout() -> None:
         pruned = [model(pixels, attn_mask=mask) for mask in (allowed, allowed.expand(2, 1, -1, -1))]
         causal = model(pixels, is_causal=True)
         gone = gone_by_block(handle, family, 2)
-    biases = [torch.zeros(2, 1, 37, 37).masked_fill(~allowed | columns[:, None, None, :], -1e9) for columns in gone]
+    biases = [torch.zeros(2, 1, 37, 37).masked_fill(~allowed | columns[:, None, None, :], -1e9) for columns in gone[:DEPTH]]
     hooks = [
         block.register_forward_pre_hook(lambda m, a, k, b=bias: (a, {"attn_mask": b}), with_kwargs=True)
         for block, bias in zip(model.blocks, biases, strict=True)

@@ -11,10 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    ["cli", "demo", "tables", "bench", "loading", "draw", "video"],
+    [
+        "cli", "demo", "tables", "bench", "loading", "draw", "video",
+        "tune", "trials", "samples", "agreement", "bench_parts", "fitting", "contact_sheet", "embedded_video",
+    ],
     ["api"],
     ["methods", "pruner", "adapter", "report"],
-    ["scorers", "selectors", "reducers", "method", "trace", "kernels"],
+    ["scorers", "selectors", "reducers", "method", "trace", "kernels", "plan"],
     ["protocols", "registry", "hooks", "flops"],
     ["points", "budget", "tokens"],
     ["errors"],

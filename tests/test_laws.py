@@ -61,6 +61,8 @@ def test_drop_equals_mask(method: str, family: str, attention: str, padding: str
     inputs = tiny.prompt(rows[1:2] if padding == "none" else rows, padding="right" if padding == "right" else "left")
     prompt_length, steps = inputs["input_ids"].shape[1], 4
     with applied(model, method) as handle, torch.no_grad():
+        if any(stage.restore is not None for stage in handle.method.stages):
+            pytest.skip("its tokens come back: tests/test_method_tower.py holds them still as well as hidden")
         if padding == "right":
             pruned = model(**inputs).logits
             steps = 0
@@ -142,8 +144,8 @@ def test_row_of_a_batch_equals_the_row_alone(method: str, family: str) -> None:
         kept = [record.keep_indices for record in decoder_points(handle)]
         for number, row in enumerate(rows):
             alone = tiny.prompt([row], row_numbers=[number])
-            logits = model(**alone).logits
             length = alone["input_ids"].shape[1]
+            logits = model(**alone, **({"position_ids": torch.arange(length)[None]} if ids else {})).logits
             torch.testing.assert_close(together[number, -length:], logits[0], **TOLERANCE)
             if any(not isinstance(part, int) for part in row):
                 for point, record in zip(kept, decoder_points(handle), strict=True):

@@ -89,10 +89,12 @@ def one(inputs: ScoreInputs, row: int) -> ScoreInputs:
 @pytest.mark.parametrize("method", METHODS)
 def test_merging_equals_loops_over_tokens(method: str, seed: int) -> None:
     card = vlprune.get_method(method)
-    stem = card.build.__module__.rpartition(".")[2]
-    naive = importlib.import_module(f"tests.naive.{stem}")
     options = dict(card.test_options)
     built = card.build(FACTS, 0.4, **options)
+    if built.patch_bypasses and not built.stages:
+        pytest.skip("drops and merges nothing; tests/test_method_tower.py compares its blocks with loops")
+    stem = card.build.__module__.rpartition(".")[2]
+    naive = importlib.import_module(f"tests.naive.{stem}")
     modality = "video" if card.modality == "video" else "image"
     checked = 0
     for shape in GRIDS[modality]:

@@ -2,6 +2,8 @@
 
 Both packages import torchvision for their data transforms; no test needs its operators. Where ``import torchvision`` fails only
 because the C++ operators were not loaded, their names are declared (without kernels) and the import is tried again.
+
+``PYTHONPATH=.venv/vit python -m tests.torchvision_stub vlprune.evals.imagenet --library timm`` runs a module in such an environment.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import runpy
 import sys
 from functools import cache
 from pathlib import Path
@@ -52,3 +55,9 @@ def _torchvision() -> str | None:
         _LIBRARY.append(library)
         importlib.import_module("torchvision")
     return None
+
+
+if __name__ == "__main__":
+    why_not("timm")
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

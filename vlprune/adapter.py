@@ -52,6 +52,10 @@ class Adapter(ABC):
     def attach(self, hooks: HookSet, pruner: Any) -> None:
         """Put the hooks on. ``pruner`` is a `vlprune.pruner.Pruner`."""
 
+    def bypass_layers(self) -> tuple[int, ...]:
+        """Vision blocks in which some patches may skip the MLP."""
+        return ()
+
     def default_method(self) -> tuple[str, float]:
         """Name and ``keep`` used by ``vlprune.apply(model)`` alone."""
         return "hiprune", 1 / 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -16,6 +17,8 @@ from vlprune.budget import Budget, Keep
 from vlprune.errors import AlreadyAppliedError, MissingSignalError, OptionError, UnsupportedPointError, unknown
 from vlprune.hooks import HookSet
 from vlprune.method import MethodCard, ModelFacts, PruningMethod, Stage
+from vlprune.plan import Plan, load_plan
+from vlprune.points import VisionMiddle
 from vlprune.pruner import Pruner
 from vlprune.registry import get_method
 from vlprune.report import Report, make_report
@@ -71,7 +74,8 @@ class PruneHandle:
 
     def __repr__(self) -> str:
         state = "applied" if self.is_applied else "removed"
-        stages = ", ".join(stage.point.label for stage in self.method.stages) or "no stage"
+        labels = [*(stage.point.label for stage in self.method.stages), *(bypass.label for bypass in self.method.patch_bypasses)]
+        stages = ", ".join(labels) or "no stage"
         return f"<PruneHandle {self.method.name} on {type(self.model).__name__} at {stages}; {state}>"
 
 
@@ -81,6 +85,7 @@ def apply(
     keep: Keep | Sequence[float] | str | None = None,
     *,
     positions: str | None = None,
+    plan: str | os.PathLike[str] | Plan | None = None,
     **options: Any,
 ) -> PruneHandle:
     """Prune the visual tokens of this model instance, in place, until ``handle.remove()``.
@@ -92,6 +97,7 @@ def apply(
         keep: a float in (0, 1], the share of visual tokens that stay; an int, the number per visual item (image, or whole
             video); for methods with a schedule also what their page says. ``None``: the method's default.
         positions: ``"preserve"`` keeps every survivor's own position (default); ``"renumber"`` closes the gaps.
+        plan: a file that ``vlprune tune`` wrote (or a `vlprune.plan.Plan`): method, keep and options together, instead of these.
         options: of the method; see ``help(vlprune.get_method(name).build)``.
 
     Raises:
@@ -105,6 +111,8 @@ def apply(
     current = _APPLIED.get(model)
     if current is not None and (known := current()) is not None and known.is_applied:
         raise AlreadyAppliedError(f"{type(model).__name__} is pruned already by {known!r}. Call its remove() first, or give several methods at once as a list.")
+    if plan is not None:
+        method, keep, options = planned(plan, model, adapter.facts, {"method": method, "keep": keep, **options})
     if method is None:
         method, default_keep = adapter.default_method()
         keep = default_keep if keep is None else keep
@@ -125,13 +133,25 @@ def apply(
     return handle
 
 
+def planned(plan: str | os.PathLike[str] | Plan, model: nn.Module, facts: ModelFacts, given: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
+    """Method, keep and options of a plan that was made for a model like this one; nothing of the kind may be ``given`` beside it."""
+    beside = [name for name, value in given.items() if value is not None]
+    if beside:
+        raise OptionError(f"a plan says method, keep and options by itself: leave out {', '.join(beside)}, or leave out plan")
+    plan = plan if isinstance(plan, Plan) else load_plan(plan)
+    plan.check(model, facts)
+    return plan.method, plan.keep, dict(plan.options)
+
+
 def build_method(method: Any, facts: ModelFacts, keep: Any, options: dict[str, Any]) -> tuple[PruningMethod, Any, str]:
     """Resolve what the user gave to a method, its keep and the modality it works on."""
     if isinstance(method, PruningMethod):
         if options:
             raise OptionError(f"a PruningMethod is complete; it takes no options (given: {', '.join(options)})")
-        stages = tuple(replace(stage, budget=Budget(keep)) for stage in method.stages) if keep is not None else method.stages
-        return replace(method, stages=stages), keep, "any"
+        if keep is not None:
+            stages = tuple(replace(stage, budget=Budget(keep)) for stage in method.stages)
+            method = replace(method, stages=stages, patch_bypasses=tuple(replace(bypass, budget=Budget(keep)) for bypass in method.patch_bypasses))
+        return method, keep, "any"
     if isinstance(method, (list, tuple)):
         return compose_methods(method, facts, keep, options)
     card = method if isinstance(method, MethodCard) else get_method(str(method))
@@ -168,7 +188,7 @@ def compose_methods(methods: Sequence[Any], facts: ModelFacts, keep: Any, option
     first = {}
     for method, name in zip(methods, names, strict=True):
         built = build_method(method, facts, own[name].get("keep"), {key: value for key, value in own[name].items() if key != "keep"})[0]
-        first[name] = min(((stage.point.tower != "vision", stage.point.layer) for stage in built.stages), default=(True, 0))
+        first[name] = min(((stage.point.tower != "vision", stage.point.order) for stage in built.stages), default=(True, (0, 0)))
     order = sorted(names, key=lambda name: first[name])
     parts = []
     for method, name in zip(methods, names, strict=True):
@@ -187,13 +207,21 @@ def compose_methods(methods: Sequence[Any], facts: ModelFacts, keep: Any, option
         elif isinstance(values[0], bool):
             together[entry.name] = any(values)
     positions = next((built.positions for built in built_parts if built.positions != "preserve"), "preserve")
-    stages = sorted(together.pop("stages"), key=lambda stage: (stage.point.tower != "vision", stage.point.layer))
+    stages = sorted(together.pop("stages"), key=lambda stage: (stage.point.tower != "vision", stage.point.order))
     return PruningMethod("+".join(names), tuple(stages), positions, **together), keep, next(iter(modalities), "any")
 
 
 def check_stages(method: PruningMethod, adapter: Adapter) -> None:
     """Every point must exist on this model and give the signals its stage looks at."""
     points = adapter.points()
+    for bypass in method.patch_bypasses:
+        able = adapter.bypass_layers()
+        if bypass.layer not in able:
+            blocks = f"blocks {able[0]} to {able[-1]}" if able else "none of its blocks; models that are nothing but a vision tower can"
+            raise UnsupportedPointError(f"{method.name} lets patches skip the MLP of vision block {bypass.layer}; this {adapter.name} model can in {blocks}.")
+    for guest in method.guests:
+        if VisionMiddle(guest.layer).label not in points:
+            raise UnsupportedPointError(f"{method.name} adds tokens to the attention of vision block {guest.layer}, which this {adapter.name} model cannot.")
     for stage in method.stages:
         label = stage.point.label
         if label not in points:
@@ -220,9 +248,9 @@ def _check_tap(method: PruningMethod, adapter: Adapter, stage: Stage, tap: Any, 
 
 def _ranges(labels: list[str]) -> str:
     """``["llm:0", "llm:1", "llm:2"]`` as ``"llm:0 ... llm:2"``."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, bool], list[str]] = {}
     for label in labels:
-        groups.setdefault(label.partition(":")[0], []).append(label)
+        groups.setdefault((label.partition(":")[0], label.endswith(".mid")), []).append(label)
     return ", ".join(members[0] if len(members) == 1 else f"{members[0]} ... {members[-1]}" for members in groups.values())
 
 

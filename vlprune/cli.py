@@ -1,9 +1,10 @@
-"""The command line: ``vlprune demo``, ``vlprune methods``, ``vlprune inspect``, ``vlprune bench``."""
+"""The command line: ``vlprune demo``, ``vlprune methods``, ``vlprune inspect``, ``vlprune bench``, ``vlprune draw``, ``vlprune tune``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +34,7 @@ def one_clear_line() -> Iterator[None]:
 
 
 def parse_keep(text: str | None) -> Any:
-    """``64`` a number of tokens, ``0.25`` a share, ``0.9,0.5,0.1`` a share per stage, other words a schedule's name."""
+    """``64`` a number of tokens, ``0.25`` or ``1/4`` a share, ``0.9,0.5,0.1`` a share per stage, other words a schedule's name."""
     if text is None:
         return None
     parts = [_number(part) for part in text.split(",")]
@@ -41,11 +42,12 @@ def parse_keep(text: str | None) -> Any:
 
 
 def _number(text: str) -> int | float | str:
-    for kind in (int, float):
+    for kind in (int, float, Fraction):
         try:
-            return kind(text)
-        except ValueError:
+            number = kind(text)
+        except (ValueError, ZeroDivisionError):
             continue
+        return float(number) if isinstance(number, Fraction) else number
     return text.strip()
 
 
@@ -101,7 +103,7 @@ def methods(markdown: Annotated[bool, typer.Option("--markdown", help="As a Mark
         return
     table = Table(title="Methods", title_justify="left", title_style="bold", pad_edge=False)
     for name in METHOD_COLUMNS:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name in ("name", "paper"))
     for row in method_rows():
         table.add_row(*row)
     console().print(table)
@@ -130,12 +132,16 @@ def bench(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table here, with what it was measured on.")] = None,
+    parts: Annotated[bool, typer.Option("--parts", help="Measure the parts instead: choosing, the greedy kernel, column-mean attention.")] = False,
 ) -> None:
     """Measure prefill, decode, scorer and cache of the methods against dense and random, in one run."""
     with one_clear_line():
         from vlprune import bench as job
 
         names = [name.strip() for name in methods.split(",")] if methods else None
+        if parts:
+            _bench_parts(names, keep, shape, rounds, device, json, markdown)
+            return
         with Console(stderr=True).status("...") as status:
             rows = job.run(names, keep, shape, batch, rounds, device=device, progress=lambda text: status.update(text))
         table = Table(title=" ".join(f"{k}={v}" for k, v in job.environment(shape, batch, device).items()), title_justify="left", pad_edge=False)
@@ -151,6 +157,105 @@ def bench(
             facts = "\n".join(f"- {key}: {value}" for key, value in job.environment(shape, batch, device).items())
             markdown.parent.mkdir(parents=True, exist_ok=True)
             markdown.write_text(f"{job.markdown(rows)}\nMeasured on:\n\n{facts}\n")
+
+
+@app.command()
+def draw(
+    methods: Annotated[str, typer.Option(help="Names with commas between, or all.")] = "all",
+    keep: Annotated[str, typer.Option(help="A share such as 2/9, or a number of visual tokens.")] = "2/9",
+    image: Annotated[Path | None, typer.Option(help="A picture. Without a file a scene of digits is drawn.")] = None,
+    video: Annotated[Path | None, typer.Option(help="A video file, frames as columns.")] = None,
+    clip: Annotated[bool, typer.Option("--clip", help="A clip of moving digits instead of a file.")] = False,
+    question: Annotated[str | None, typer.Option(help="Read by the methods that look at the text.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a vision-language model. Without it the embedded model is used.")] = None,
+    frames: Annotated[int, typer.Option(help="How many frames of a video are read.", min=1)] = 6,
+    size: Annotated[int | None, typer.Option(help="Longer side of each picture in pixels.", min=32)] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Allow code from the model's repository to run.")] = False,
+    out: Annotated[Path, typer.Option(help="The sheet.")] = Path("out/sheet.png"),
+) -> None:
+    """Draw what each method keeps of the same picture, or of the frames of a clip, on one sheet."""
+    with one_clear_line():
+        from vlprune import contact_sheet as job
+        from vlprune.loading import load_model
+        from vlprune.registry import get_method, list_methods
+
+        names = list_methods() if methods == "all" else [name.strip() for name in methods.split(",")]
+        for name in names:
+            get_method(name)                                             # a wrong name is told before a model is loaded
+        subject = job.subject(image, video, clip, frames)
+        loaded = job.embedded(subject) if model is None else load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        asked = question or (subject.question if loaded.embedded else "What is shown here?")
+        with Console(stderr=True).status("...") as status:
+            sheet = job.draw_sheet(loaded, subject, names, parse_keep(keep), asked, size=size, save=out, progress=lambda text: status.update(text))
+        console().print(f"{len(sheet.entries)} methods on {subject.name}: {out}", highlight=False, markup=False, soft_wrap=True)
+        for name, why in sheet.left_out.items():
+            console().print(f"  not {name}: {why}", highlight=False, markup=False, soft_wrap=True, style="dim")
+
+
+@app.command()
+def tune(
+    method: Annotated[str, typer.Option(help="A method with numbers to search.")] = "vflowopt",
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a vision-language model. Without it the embedded model is used.")] = None,
+    samples: Annotated[Path | None, typer.Option(help="Folder of pictures or videos, or a .jsonl file with image (or images, video) and question.")] = None,
+    question: Annotated[str, typer.Option(help="Asked about samples that come without one.")] = "What is shown here?",
+    most: Annotated[int, typer.Option(help="How many of the samples are used, evenly spread.", min=1)] = 30,
+    keep: Annotated[str | None, typer.Option(help="The average share that stays, such as 1/3. The method's default if not given.")] = None,
+    trials: Annotated[int, typer.Option(help="How many, the default not counted.", min=1)] = 60,
+    objective: Annotated[str, typer.Option(help="cosine of the last hidden states, or kl of the next word; against the unpruned model.")] = "cosine",
+    out: Annotated[Path, typer.Option(help="The plan. Its trials are kept beside it, and go on where they were stopped.")] = Path("plan.json"),
+    seed: Annotated[int, typer.Option(help="Of the search.", min=0)] = 0,
+    frames: Annotated[int, typer.Option(help="How many frames of a video are read.", min=1)] = 8,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Allow code from the model's repository to run.")] = False,
+) -> None:
+    """Search a method's numbers on samples of yours, and write a plan for apply(model, plan=FILE)."""
+    with one_clear_line():
+        from vlprune import tune as job
+        from vlprune.loading import load_embedded, load_model
+        from vlprune.samples import digit_samples, read_samples
+
+        card = job.searchable(method)                                    # mistakes are told before a model is loaded
+        if samples is None and model is not None:
+            raise OptionError("give --samples: a folder of pictures, or a .jsonl file with pictures and questions")
+        found = digit_samples(most) if samples is None else read_samples(samples, question, most)
+        about = "digit scenes, split train" if samples is None else str(samples)
+        loaded = load_embedded() if model is None else load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        for note in loaded.notes:
+            console().print(f"[yellow]{note}[/]", highlight=False)
+        inputs = [sample.inputs(loaded, frames) for sample in found]
+        try:
+            plan = job.tune(loaded.model, inputs, card, parse_keep(keep), trials=trials, objective=objective, out=out, seed=seed, about=about)
+        except KeyboardInterrupt:
+            typer.echo("stopped; the same command goes on from here", err=True)
+            raise typer.Exit(130) from None
+        says = f"{objective} over {len(inputs)} samples: default {plan.found['default']:.5f}, best of {plan.found['trials']} {plan.found['score']:.5f}"
+        says += f" ({plan.found['refused']} had no value)" if plan.found["refused"] else ""
+        how = f"vlprune.apply(model, plan={str(out)!r})   # keep={plan.keep!r}, {dict(plan.options)!r}"
+        console().print(f"{card.name} on {loaded.name}: {says}\n{how}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _bench_parts(names: list[str] | None, keep: float, shape: str, rounds: int, device: str | None, json: Path | None, markdown: Path | None) -> None:
+    from vlprune import bench, bench_parts
+
+    with Console(stderr=True).status("...") as status:
+        found = bench_parts.run(names, keep, shape, rounds, device, progress=lambda text: status.update(text))
+    facts = {**bench.environment(shape, 1, device), "keep": f"{keep:.4g}", "rounds": rounds}
+    for title, head, rows in bench_parts.tables(found):
+        table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+        for number, name in enumerate(head):
+            table.add_column(name, justify="left" if number == 0 or name in bench_parts.WORDS else "right")
+        for cells in rows:
+            table.add_row(*cells)
+        console().print(table)
+    for name, why in found.left_out.items():
+        console().print(f"left out: {name}: {why}", highlight=False, markup=False)
+    if json is not None:
+        bench_parts.write_json(found, facts, json)
+    if markdown is not None:
+        bench_parts.write_markdown(found, facts, markdown)
 
 
 def _cells(line: str) -> list[str]:

@@ -51,8 +51,8 @@ class _Panel:
 
 
 @dataclass(frozen=True)
-class _Key:
-    """What a class number means."""
+class Key:
+    """What a colour means, and how many tokens have it."""
 
     label: str
     colour: str
@@ -94,14 +94,11 @@ def draw_kept(
     Returns:
         The picture. With ``legend=False``, ``title=""``, no captions and one panel it has no margins.
     """
-    records = _records(record)
     if by not in ("auto", "role", "stage"):
         raise OptionError(f"by={by!r}: 'auto', 'role' or 'stage'")
     if crop not in ("none", "center"):
         raise OptionError(f"crop={crop!r}: 'none' or 'center'")
-    if by == "role" or (by == "auto" and len(records) == 1):
-        records = records[-1:]
-        by = "role"
+    records, by = _shown(_records(record), by)
     items = [item] if isinstance(item, int) else list(item)
     for number in items:
         if not 0 <= number < len(records[-1].items):
@@ -122,6 +119,14 @@ def draw_kept(
         target.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(target)
     return sheet
+
+
+def paint_kept(pictures: Sequence[Image], record: Any, item: int | Sequence[int] = 0, *, size: int = 208) -> tuple[list[Image], list[Key]]:
+    """The drawn pictures alone, for sheets of one's own, and what their colours mean: roles or points, last the tokens that left first."""
+    records, by = _shown(_records(record), "auto")
+    items = [item] if isinstance(item, int) else list(item)
+    keys = _keys(records, items, by)
+    return [_paint(panel, records, keys, size) for panel in _panels(list(pictures), records[-1], items, None)], keys
 
 
 def side_by_side(pictures: Sequence[Image], gap: int = 24) -> Image:
@@ -150,6 +155,12 @@ def _records(record: Any) -> list[PointRecord]:
     if not records:
         raise OptionError("there is no pruning point to draw: run the model on a picture first, with a method that prunes (not 'dense', not keep=1.0)")
     return records
+
+
+def _shown(records: list[PointRecord], by: str) -> tuple[list[PointRecord], str]:
+    """The records that are drawn, and whether their roles or the points are coloured."""
+    by_role = by == "role" or (by == "auto" and len(records) == 1)
+    return (records[-1:], "role") if by_role else (records, "stage" if by == "auto" else by)
 
 
 def _pictures(image: Any) -> list[Image]:
@@ -219,7 +230,7 @@ def _classes(record: PointRecord, item: int, by: str) -> Array:
     return classes
 
 
-def _keys(records: list[PointRecord], items: list[int], by: str) -> list[_Key]:
+def _keys(records: list[PointRecord], items: list[int], by: str) -> list[Key]:
     """Legend entries by class; the last entry is class -1."""
     total = sum(records[0].items[item].num_tokens for item in items)
     if by == "role":
@@ -228,14 +239,14 @@ def _keys(records: list[PointRecord], items: list[int], by: str) -> list[_Key]:
         counts = np.bincount(classes + 1, minlength=len(record.role_names) + 1)
         names = record.role_names
         colours = ROLE_COLOURS if len(names) > 1 else (STAYED,)
-        found = [_Key(name, colours[number % len(colours)], int(counts[number + 1])) for number, name in enumerate(names)]
-        return [*found, _Key("dropped", DROPPED, int(counts[0]))]
+        found = [Key(name, colours[number % len(colours)], int(counts[number + 1])) for number, name in enumerate(names)]
+        return [*found, Key("dropped", DROPPED, int(counts[0]))]
     kept = [sum(int(record.kept[item].numel()) for item in items) for record in records]
     found = [
-        _Key(f"dropped at {later.point}", STAGE_COLOURS[number % len(STAGE_COLOURS)], before - after)
+        Key(f"dropped at {later.point}", STAGE_COLOURS[number % len(STAGE_COLOURS)], before - after)
         for number, (later, before, after) in enumerate(zip(records[1:], kept, kept[1:], strict=False))
     ]
-    return [*found, _Key("stays", STAYED, kept[-1]), _Key(f"dropped at {records[0].point}", DROPPED, total - kept[0])]
+    return [*found, Key("stays", STAYED, kept[-1]), Key(f"dropped at {records[0].point}", DROPPED, total - kept[0])]
 
 
 def _notes(records: list[PointRecord], items: list[int]) -> str:
@@ -277,7 +288,7 @@ def _class_map(records: list[PointRecord], item: int, frame: int, height: int, w
     return level - 1, cells
 
 
-def _paint(panel: _Panel, records: list[PointRecord], keys: list[_Key], side: int) -> Image:
+def _paint(panel: _Panel, records: list[PointRecord], keys: list[Key], side: int) -> Image:
     """The picture with kept patches clear, tinted and outlined, and the others dim."""
     image_module = _pillow()[0]
     scale = side / max(panel.image.size)
@@ -321,7 +332,7 @@ def _rgb(colour: str) -> tuple[int, int, int]:
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
 
 
-def _sheet(panels: list[Image], captions: list[str], columns: int | None, title: str, keys: list[_Key], notes: str) -> Image:
+def _sheet(panels: list[Image], captions: list[str], columns: int | None, title: str, keys: list[Key], notes: str) -> Image:
     """Panels in rows, captions under them, title above, legend below."""
     image_module, draw_module, font_module = _pillow()
     plain = not (title or keys or any(captions))
@@ -377,9 +388,9 @@ def _wrapped(text: str, font: Any, width: int) -> list[str]:
     return lines if text else []
 
 
-def _legend_lines(keys: list[_Key], font: Any, width: int) -> list[list[tuple[_Key, int]]]:
+def _legend_lines(keys: list[Key], font: Any, width: int) -> list[list[tuple[Key, int]]]:
     """Legend entries with their widths, broken into lines."""
-    lines: list[list[tuple[_Key, int]]] = []
+    lines: list[list[tuple[Key, int]]] = []
     used = 0
     for key in keys:
         length = int(font.getlength(f"{key.label}  {key.count}")) + 40

@@ -35,7 +35,7 @@ class Fit:
     @property
     def points(self) -> str:
         """Labels of where it acts; a long row of neighbours shortened."""
-        labels = list(dict.fromkeys(stage.point.label for stage in self.method.stages))
+        labels = list(dict.fromkeys([*(stage.point.label for stage in self.method.stages), *(bypass.label for bypass in self.method.patch_bypasses)]))
         return ", ".join(labels) if len(labels) < 4 else f"{labels[0]} ... {labels[-1]} ({len(labels)} points)"
 
 
@@ -77,7 +77,7 @@ def fitting(model: nn.Module, names: Iterable[str], keep: Any, modality: str = "
         try:
             found.append(fit(model, name, keep, modality, untrained=untrained))
         except VlpruneError as error:
-            left_out[name] = reason(error)
+            left_out[name] = reason(error).removeprefix(f"{name} ")
     return found, left_out
 
 

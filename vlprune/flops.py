@@ -36,8 +36,11 @@ class TowerShape:
         pairs = tokens * (tokens + 1) / 2 + tokens * past if causal else float(tokens**2)
         inner = self.heads * self.head_dim
         projections = 2 * self.width * inner + 2 * self.width * self.kv_heads * self.head_dim
-        mlp = (3 if self.gated else 2) * self.width * self.hidden
-        return 2.0 * tokens * (projections + mlp) + 4.0 * pairs * inner
+        return 2.0 * tokens * projections + self.mlp_flops(tokens) + 4.0 * pairs * inner
+
+    def mlp_flops(self, tokens: int) -> float:
+        """FLOPs of one block's MLP for ``tokens``."""
+        return 2.0 * tokens * (3 if self.gated else 2) * self.width * self.hidden
 
     def kv_bytes(self, entries: int, element_bytes: int) -> int:
         """Bytes of keys and values of one row in one layer."""

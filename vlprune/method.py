@@ -90,6 +90,42 @@ class Bypass:
 
 
 @dataclass(frozen=True)
+class PatchBypass:
+    """Some patches run through the MLP of a vision block, the others keep their residual. CLS and registers always run.
+
+    Attributes:
+        layer: 0-based vision block.
+        scorer: of the patches behind the block's attention; reads no signals.
+        budget: how many of an image's *original* patches run, the highest scores; ``None``: those with a score above 0, which costs one host read.
+        always: ``(states (B, L, D)) -> (B, L, D)``, added to every token behind the MLP, such as an adapter; ``None``: nothing.
+    """
+
+    layer: int
+    scorer: Scorer
+    budget: Budget | None = None
+    always: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def label(self) -> str:
+        """The name used in reports."""
+        return f"vision_mlp:{self.layer}"
+
+
+@dataclass(frozen=True)
+class Guests:
+    """Tokens from elsewhere that take part in the attention of one vision block, as keys and values for the others, and are gone behind it.
+
+    Attributes:
+        layer: 0-based vision block.
+        tokens: ``(states (B, S, D) at the input of the block, CLS first where there is one) -> (B, M, D)``, states as the block would get them;
+            ``None``: nobody this time.
+    """
+
+    layer: int
+    tokens: Callable[[Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
 class Attend:
     """Attention of one decoder layer over a selection of keys; every row still asks, and gets its answer in its place.
 
@@ -142,6 +178,8 @@ class PruningMethod:
         bypasses, attends, layer_skips: rows, keys and layers that are skipped rather than dropped.
         size_bias: attention counts a merged token by its size (log of the size on its key).
         decode_selects: which visual keys are looked at while decoding.
+        patch_bypasses: which patches run through the MLPs of vision blocks.
+        guests: tokens from elsewhere in the attention of vision blocks.
     """
 
     name: str
@@ -152,6 +190,8 @@ class PruningMethod:
     layer_skips: tuple[LayerSkip, ...] = ()
     size_bias: bool = False
     decode_selects: tuple[DecodeSelect, ...] = ()
+    patch_bypasses: tuple[PatchBypass, ...] = ()
+    guests: tuple[Guests, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Where tokens can be reduced: the three pruning points, and published layer numbers scaled to a model's depth."""
+"""Where tokens can be reduced: the pruning points, and published layer numbers scaled to a model's depth."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ class Point:
             return f"vision:{self.layer}"
         return f"llm:{self.layer}"
 
+    @property
+    def order(self) -> tuple[int, int]:
+        """Which of two points of a tower comes first."""
+        return self.layer, 0
+
     def __str__(self) -> str:
         return self.label
 
@@ -53,6 +58,23 @@ class VisionLayer(Point):
     """Input of vision block ``layer``: that many blocks saw every token."""
 
     tower: str = "vision"
+
+
+@dataclass(frozen=True)
+class VisionMiddle(Point):
+    """Between attention and MLP of vision block ``layer``, whose own attention can be read there."""
+
+    tower: str = "vision"
+
+    @property
+    def label(self) -> str:
+        """``"vision:3.mid"``."""
+        return f"vision:{self.layer}.mid"
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Behind the input of the same block."""
+        return self.layer, 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +98,7 @@ class BeforeLLM(Point):
 
 
 def parse_point(text: str | Point) -> Point:
-    """Read ``"vision:3"``, ``"before_llm"`` or ``"llm:2"``; a ``Point`` passes through."""
+    """Read ``"vision:3"``, ``"vision:3.mid"``, ``"before_llm"`` or ``"llm:2"``; a ``Point`` passes through."""
     if isinstance(text, Point):
         return text
     name, _, layer = str(text).strip().lower().partition(":")
@@ -84,4 +106,6 @@ def parse_point(text: str | Point) -> Point:
         return BeforeLLM()
     if name in ("vision", "llm") and layer.isdigit():
         return VisionLayer(int(layer)) if name == "vision" else LLMLayer(int(layer))
-    raise OptionError(f"no pruning point {text!r}. Write 'vision:K', 'before_llm' or 'llm:K' with K a 0-based layer number.")
+    if name == "vision" and layer.endswith(".mid") and layer[:-4].isdigit():
+        return VisionMiddle(int(layer[:-4]))
+    raise OptionError(f"no pruning point {text!r}. Write 'vision:K', 'vision:K.mid', 'before_llm' or 'llm:K' with K a 0-based layer number.")

@@ -19,6 +19,7 @@ from vlprune.errors import MissingSignalError
 VISION_KINDS: dict[str, str] = {
     "column_mean": "(N,) attention received: mean over heads and over all queries, CLS included",
     "cls_row": "(N,) head-mean attention row of CLS",
+    "cls_row_heads": "(N, H) attention row of CLS, head by head",
     "cls_row_wide": "(N,) attention row of CLS with all heads as one: softmax of q.k over the whole width, divided by its root",
     "received_from": "(N,) head-mean attention received from the queries whose own column sum is above options[0] times the mean",
     "vision_keys": "(N, d) head-mean keys",

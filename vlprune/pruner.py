@@ -205,6 +205,8 @@ class Session:
             if not all(acts):
                 inputs = self._inputs(stage, group, hidden, num_keep, collect)
         scores = stage.scorer(inputs).float()
+        flops = getattr(stage.scorer, "flops", None)                     # of scorers that are nets of their own
+        self.trace.scorer_flops += 0.0 if flops is None else flops(inputs)
         if scores.shape != inputs.tokens.shape[:2]:
             expected = tuple(inputs.tokens.shape[:2])
             raise OptionError(f"scorer {type(stage.scorer).__name__} returned shape {tuple(scores.shape)}, expected {expected} (items, tokens)")

@@ -83,6 +83,7 @@ def make_report(trace: Trace | None, method: str, keep: Any) -> Report:
     if isinstance(vision, TowerShape) and trace.vision_tokens:
         sequences = max(trace.vision_sequences, 1)
         seen = sum(sequences * vision.layer_flops(tokens // sequences) for tokens in trace.vision_tokens)
+        seen -= sum(vision.mlp_flops(tokens) for tokens in trace.mlp_skipped.values())
         full_tokens = [trace.vision_dense or tokens for tokens in trace.vision_tokens]
         seen_dense = sum(sequences * vision.layer_flops(tokens // sequences) for tokens in full_tokens)
     flops_dense, flops_pruned = seen_dense, seen + trace.scorer_flops

@@ -6,8 +6,10 @@ whether they are up to date.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from vlprune.method import MethodCard
 from vlprune.points import BeforeLLM, LLMLayer, Point, VisionLayer, parse_point
 from vlprune.registry import get_method, list_methods
 
-METHOD_COLUMNS = ("name", "what stays", "acts at", "needs", "for", "reads the text", "default keep", "paper")
+METHOD_COLUMNS = ("name", "what stays", "paper", "where", "signals", "drop, merge or recycle", "video", "text-aware", "keep", "parity (cases)")
+PARITY = Path(__file__).parent / "assets" / "parity.json"                # written by tests/reference/count_parity.py
+VIDEO = {"any": "yes", "image": "no", "video": "only"}
 PICTURE_SIZES = ((336, 336), (480, 640), (768, 1024), (1080, 1920))      # height, width
 
 
@@ -31,17 +35,34 @@ def _method_row(card: MethodCard) -> list[str]:
     share = f"{keep:.3g}" if isinstance(keep, float) else ", ".join(f"{part:.3g}" for part in keep) if isinstance(keep, tuple) else str(keep)
     places = Counter(card.points)
     points = ", ".join(f"{point} ({count}x)" if count > 1 else point for point, count in places.items()) or "-"
-    needs = ", ".join(card.needs) or "-"
-    modality = {"any": "images, videos", "image": "images", "video": "videos"}.get(card.modality, card.modality)
-    return [card.name, card.summary, points, needs, modality, "yes" if card.text_aware else "no", share, card.paper or "-"]
+    others = card.reduction if points != "-" else "-"
+    text = "yes" if card.text_aware else "no"
+    return [card.name, card.summary, card.paper or "-", points, ", ".join(card.needs) or "-", others, VIDEO[card.modality], text, share, parity(card.name)]
+
+
+def parity(name: str) -> str:
+    """How many cases of the authors' programs come out right: functions, and whole models; ``-`` where there are none."""
+    found = counted().get(name, {})
+    parts = []
+    for kind, one in (("functions", "function"), ("models", "model")):
+        passed, total = found.get(kind, (0, 0))
+        if total:
+            parts.append(f"{passed} {one if passed == 1 else kind}" if passed == total else f"{passed} of {total} {kind}")
+    return ", ".join(parts) or "-"
+
+
+@cache
+def counted() -> dict[str, dict[str, tuple[int, int]]]:
+    """The counts, as the checkers found them; empty where the file is missing."""
+    return json.loads(PARITY.read_text()) if PARITY.exists() else {}
 
 
 def methods_markdown() -> str:
     """The table of methods."""
     rows = []
-    for name, summary, points, needs, modality, text, share, paper in method_rows():
+    for name, summary, paper, points, needs, *rest in method_rows():
         link = f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})" if paper.startswith("arXiv:") else paper
-        rows.append((f"`{name}`", summary, _code(points), _code(needs), modality, text, share, link))
+        rows.append((f"`{name}`", summary, link, _code(points), _code(needs), *rest))
     return _markdown(METHOD_COLUMNS, rows)
 
 
@@ -79,7 +100,7 @@ def inspect_model(name: str, trust_remote_code: bool = False) -> list[Any]:
     groups: list[tuple[list[str], frozenset[str]]] = []
     for label in adapter.points():
         offered = adapter.offers(parse_point(label))
-        if groups and groups[-1][1] == offered and groups[-1][0][0].partition(":")[0] == label.partition(":")[0]:
+        if groups and groups[-1][1] == offered and type(parse_point(groups[-1][0][0])) is type(parse_point(label)):
             groups[-1][0].append(label)
         else:
             groups.append(([label], offered))

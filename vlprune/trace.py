@@ -77,6 +77,7 @@ class Trace:
         vision_tokens: (layers) tokens that each vision block ran on, summed over the batch.
         vision_sequences: how many pictures these were. vision_dense: tokens that a block runs on when nothing is dropped inside the tower
             (0: the same as in ``vision_tokens``), summed over the batch.
+        mlp_skipped: by vision block, tokens that did not run through its MLP, summed over the batch.
         shapes: widths and depths of the model, for the FLOPs count.
         scorer_flops: matrix-product FLOPs spent on scoring.
     """
@@ -88,6 +89,7 @@ class Trace:
     vision_tokens: list[int] = field(default_factory=list)
     vision_sequences: int = 0
     vision_dense: int = 0
+    mlp_skipped: dict[int, int] = field(default_factory=dict)
     shapes: dict[str, object] = field(default_factory=dict)
     scorer_flops: float = 0.0
     kv_element_bytes: int = 2

@@ -40,12 +40,12 @@ class Packing:
         source = torch.full((rows * length + 1,), flat.shape[0], device=tokens.device)
         source = source.scatter(0, self.places.flatten(), torch.arange(flat.shape[0], device=tokens.device))[:-1]
         filled = torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
-        return filled.index_select(0, source).unflatten(0, (rows, length))
+        return filled.index_select(0, source).reshape(rows, length, -1)
 
     def unpack(self, packed: Tensor, others: Tensor) -> Tensor:
         """(R, S, D) to (F, S, D); tokens that are in no row, or as context only, are taken from ``others`` (F, S, D)."""
         flat = packed.flatten(0, 1)
-        back = flat.index_select(0, self.places.clamp(max=flat.shape[0] - 1).flatten()).unflatten(0, self.places.shape)
+        back = flat.index_select(0, self.places.clamp(max=flat.shape[0] - 1).flatten()).reshape(*self.places.shape, -1)
         return torch.where((self.kept & ~self.context)[..., None], back, others.to(back))
 
 
@@ -83,4 +83,4 @@ def pack_pictures(kept: Tensor, counts: Sequence[int], *, refill: bool = False) 
     places = torch.where(present, places, number_of_rows * length)
     numbers = torch.arange(pictures, device=kept.device)[:, None].expand(-1, length)
     segments = torch.full((number_of_rows * length + 1,), -1, device=kept.device).scatter(0, places.flatten(), numbers.flatten())[:-1]
-    return Packing(present, present & ~kept, places, segments.unflatten(0, (number_of_rows, length)))
+    return Packing(present, present & ~kept, places, segments.reshape(number_of_rows, length))

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 CHUNK = 2**22       # floats of moved inputs held at once
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()    # first weight -> (its stamp, the second one, its stamp, the bracket); gone with the weight
+_known: Any = WeakIdKeyDictionary()     # first weight -> (its stamp, the second one, its stamp, the bracket); gone with the weight
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def mlp_sensitivity(first: Tensor, bias: Tensor | None, second: Tensor, derivati
 def _coupling(first: Tensor, second: Tensor) -> Tensor:
     """(inner, inner) the bracket; made anew when a weight is another one or was written to."""
     stamps = _stamp(first), _stamp(second)
-    found: Any = _known.get(first)
+    found = _known.get(first)
     if found is not None and found[0]() is second and found[1] == stamps:
         return found[2]  # type: ignore[no-any-return]
     left, right = first.float(), second.float()
@@ -84,7 +84,7 @@ def central_differences(forward: Callable[[Tensor], Tensor], features: Tensor, d
         means = []
         for item in features.float():
             total = item.new_zeros(item.shape[0])
-            for part in steps.split(at_once):
+            for part in torch.split(steps, at_once):
                 total = total + torch.linalg.vector_norm(forward(item + part) - forward(item - part), dim=-1).sum(dim=0)
             means.append(total / (2 * step * steps.shape[0]))
         return torch.stack(means)

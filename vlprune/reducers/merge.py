@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlprune.kernels.bipartite import group_means
 from vlprune.protocols import Reduced, ScoreInputs, Selection, gather_tokens
 
 
@@ -36,8 +37,4 @@ class Merge:
 def grouped_mean(tokens: Tensor, owner: Tensor, num_groups: int, sizes: Tensor | None) -> Reduced:
     """Size-weighted means of the tokens (B, N, D) that share an ``owner`` (B, N) in 0..num_groups-1."""
     weights = torch.ones_like(owner, dtype=tokens.dtype) if sizes is None else sizes.to(tokens.dtype)
-    total = torch.zeros(owner.shape[0], num_groups, dtype=tokens.dtype, device=tokens.device).scatter_add(1, owner, weights)
-    places = owner[..., None].expand_as(tokens)
-    summed = torch.zeros(*total.shape, tokens.shape[-1], dtype=tokens.dtype, device=tokens.device)
-    summed = summed.scatter_add(1, places, tokens * weights[..., None])
-    return Reduced(summed / total.clamp(min=1e-6)[..., None], total)
+    return Reduced(*group_means(tokens, owner, num_groups, weights))

@@ -40,7 +40,7 @@ class PatchPooler(nn.Module):
         """(R, M, D) to (R, D)."""
 
         def split(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)                   # (R, H, M, d)
+            return x.reshape(*x.shape[:-1], self.heads, -1).transpose(-2, -3)            # (R, H, M, d)
 
         query = split(self.wq(patches.mean(dim=-2, keepdim=True)))
         pooled = F.scaled_dot_product_attention(query, split(self.wk(patches)), split(self.wv(patches)))
@@ -90,7 +90,7 @@ class SpatioTemporalNet(nn.Module):
         """Scores (B, N) between 0 and 1 of tokens made of ``patches`` (B, N, M, D); ``previous`` is each one's predecessor where ``found``."""
         if patches.shape[-1] != self.width:
             raise OptionError(f"these weights are for a vision tower of width {self.width}, but the tower here has {patches.shape[-1]}; train them on it")
-        pooled = self.patch_token_pooler(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
+        pooled = self.patch_token_pooler(patches.flatten(0, 1)).reshape(*patches.shape[:2], -1)
         before = gather_tokens(pooled, previous) * found[..., None]
         scores = torch.sigmoid(self.mlp(torch.cat([before, pooled], dim=-1)))
         if self.training and torch.is_grad_enabled():
@@ -122,7 +122,7 @@ class SpatioTemporalNet(nn.Module):
         try:
             with safe_open(str(source), framework="pt") as file:
                 about = file.metadata() or {}
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                weights = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise OptionError(f"weights={str(path)!r} cannot be read: {error}") from error
         first = weights.get("mlp.w1.weight")

@@ -78,13 +78,13 @@ class StillAndMoving:
     def __call__(self, scores: Tensor, inputs: ScoreInputs) -> Selection:
         """(B, K) indices with roles, and what becomes of every token."""
         cells = video_cells(inputs)
-        features = cells.of_tokens(inputs.tokens.detach().float())                       # (B, T, M, D)
-        starts, still = self.cutting(features, cells.there)
-        means = window_means(features, starts)
+        values = cells.of_tokens(inputs.tokens.detach().float())                         # (B, T, M, D)
+        starts, still = self.cutting(values, cells.there)
+        means = window_means(values, starts)
         still_at, frames = still & starts[..., None], torch.arange(starts.shape[1], device=still.device)[:, None]
         groups = torch.where(still_at, frames + starts.shape[1], torch.where(cells.there & ~still, frames, -1))
         counts = self._counts(groups, inputs.num_keep)
-        features = torch.where(still_at[..., None], means, features)
+        features = torch.where(still_at[..., None], means, values)
         clustered = groups if self.moving == "merge" else groups.masked_fill(~still_at, -1)
         places = counts.gather(1, groups.clamp(min=0).flatten(1)).reshape(groups.shape)  # of each token's set
         peaks = peak_scores(features, clustered, self.neighbours, None if self.moving == "merge" else places.clamp(min=1))
@@ -93,7 +93,7 @@ class StillAndMoving:
         rank = rank_in_groups(groups.flatten(1), peaks.flatten(1)).reshape(groups.shape)
         stays = (groups >= 0) & (rank < places)
         owner = nearest_centre(features, clustered, stays)
-        alike = F.cosine_similarity(cells.of_tokens(inputs.tokens.detach().float()), means, dim=-1)
+        alike = F.cosine_similarity(values, means, dim=-1)
         keep = _first(inputs.num_keep, cells.to_tokens(stays, False), cells.to_tokens(alike, 2.0), cells.place >= still[0].numel())
         roles = cells.to_tokens(still_at & stays, False).long().gather(1, keep)
         return Selection(keep, roles, ROLES, _clusters(cells, keep, starts, still, owner))

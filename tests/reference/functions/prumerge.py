@@ -36,6 +36,11 @@ def check(case: Case) -> str:
     return ""
 
 
+def method_of(case: Case) -> str:
+    """The folder holds cases of both methods."""
+    return "prumerge+" if case.hyper["function"].endswith("plus") else "prumerge"
+
+
 def _check_item(case: Case, stage: Stage, inputs: ScoreInputs, item: int) -> str:
     selection = stage.selector(stage.scorer(inputs).float(), inputs)
     tokens = stage.reducer(inputs, selection).tokens
