@@ -31,7 +31,7 @@ test: $(STAMP)
 
 # The adapters of timm and open_clip, which the first line skips.
 test-vit: $(STAMP) $(VIT)/.installed
-	OMP_NUM_THREADS=1 PYTHONPATH=$(VIT) $(BIN)/python -m pytest tests/test_adapter_clip.py -k "timm or open_clip" -n $(JOBS)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VIT) $(BIN)/python -m pytest tests/test_adapter_clip.py tests/test_tower_laws.py tests/test_method_tower.py -k "timm or open_clip" -n $(JOBS)
 
 $(VIT)/.installed: constraints.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VIT) -c constraints.txt timm open_clip_torch torchvision ftfy wcwidth

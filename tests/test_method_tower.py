@@ -468,34 +468,6 @@ def test_skipping_in_the_tower_of_a_larger_model(name: str) -> None:
 OPTIONS: dict[str, dict[str, Any]] = {name: dict(vlprune.get_method(name).test_options) for name in ("dynamicvit", "skipvit", "patchdropout", "aclip")}
 
 
-@pytest.mark.parametrize("name", TOWERS)
-@pytest.mark.parametrize("method", OPTIONS)
-def test_laws_in_a_tower(method: str, name: str) -> None:
-    """Whole shapes, ``keep=1.0`` and ``remove`` bit for bit, exactly K, same answer again, a picture of a batch equals it alone."""
-    family = tower(name)
-    model, pixels = family.build(), family.pixels(3)
-    before = run(family, model, pixels)
-    state = snapshot(model)
-    with vlprune.apply(model, method, keep=1.0, **OPTIONS[method]):
-        untouched = run(family, model, pixels)
-        assert all(torch.equal(untouched[key], before[key]) for key in before)
-    with vlprune.apply(model, method, keep=0.4, **OPTIONS[method]) as handle:
-        pruned = run(family, model, pixels)
-        last = handle.report().points[-1]
-        again = run(family, model, pixels)
-        assert all(torch.equal(again[key], pruned[key]) for key in pruned)
-        assert last.visual_kept == 3 * handle.method.stages[-1].budget.num_keep(family.num_patches)
-        for row in range(3):
-            run(family, model, pixels[row : row + 1])
-            assert handle.report().points[-1].keep_indices[0].tolist() == last.keep_indices[row].tolist()
-    assert {key: value.shape for key, value in pruned.items()} == {key: value.shape for key, value in before.items()}
-    assert any(not torch.allclose(pruned[key], before[key], atol=1e-3) for key in before)
-    assert all(bool((indices.diff() > 0).all()) for indices in last.keep_indices)
-    assert snapshot(model) == state
-    after = run(family, model, pixels)
-    assert all(torch.equal(after[key], before[key]) for key in before)
-
-
 @pytest.mark.parametrize("method", ["dynamicvit", "patchdropout", "aclip"])
 def test_drop_equals_mask(method: str) -> None:
     family = tower("vit")

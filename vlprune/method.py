@@ -59,8 +59,8 @@ class Stage:
     video: VideoDrop | None = None
 
     def __post_init__(self) -> None:
-        if self.video is not None and self.point.tower != "vision":
-            raise OptionError(f"a stage over the frames inside a vision tower acts at vision points, not at {self.point.label}")
+        if self.video is not None and (self.point.tower != "vision" or self.point.order != (self.point.layer, 0)):
+            raise OptionError(f"a stage over the frames inside a vision tower acts at the input of its blocks, not at {self.point.label}")
         if self.training is not None and self.point.tower != "vision":
             raise OptionError(f"a stage for training={self.training} only acts at vision points, not at {self.point.label}")
 

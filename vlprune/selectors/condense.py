@@ -6,6 +6,7 @@ centres. The others are the best ones. The share of tokens that go into the clus
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ class Condense:
         kept, size, number = counts(scores.shape[1], inputs.num_keep)
         order = scores.argsort(dim=1, descending=True, stable=True)
         pool, rest = order[:, kept : kept + size], order[:, kept + size :]
-        start = 0 if self.seed is None or not size else int(torch.randint(size, (), generator=torch.Generator().manual_seed(self.seed)))
+        start = 0 if self.seed is None or not size else random.Random(self.seed).randrange(size)
         first = torch.full(scores.shape[:1], start, dtype=torch.int64, device=scores.device)
         clusters = k_center(gather_tokens(inputs.tokens, pool), number, first) if number else Clusters(*(pool[:, :0],) * 3)
         stay = torch.cat([order[:, :kept], pool.gather(1, clusters.centres), rest[:, :1]], dim=1)

@@ -64,11 +64,17 @@ class Dedup:
         """(B, wanted) of ``rest`` (B, R), R >= wanted >= 1."""
         features = inputs.signal(self.features)
         likeness = cosine(features, features).masked_fill(~real_tokens(inputs)[..., None], DUPLICATE)
-        items = torch.arange(rest.shape[0], device=rest.device)[:, None, None]
-        while rest.shape[1] > wanted:
-            even, odd = rest[:, ::2], rest[:, 1::2]
-            leave = min(self.step, rest.shape[1] - wanted, even.shape[1])
-            nearest = likeness[items, even[..., None], odd[:, None]].amax(dim=-1)                  # (B, R / 2)
+        tokens, at = rest, rest                                            # ``at``: the list, as numbers of the rows of ``likeness``
+        while at.shape[1] > wanted:
+            if at is rest or 4 * at.shape[1] <= 3 * likeness.shape[1]:     # rows and columns of what left cost time: leave them out
+                tokens = tokens if at is rest else tokens.gather(1, at)
+                likeness = torch.stack([one.index_select(0, left).index_select(1, left) for one, left in zip(likeness, at, strict=True)])
+                at = torch.arange(at.shape[1], device=at.device).expand_as(at)
+            even, odd = at[:, ::2], at[:, 1::2]
+            leave = min(self.step, at.shape[1] - wanted, even.shape[1])
+            hidden = torch.full_like(likeness[:, 0], -torch.inf).scatter(1, odd, 0.0)
+            rows = torch.stack([one.index_select(0, number) for one, number in zip(likeness, even, strict=True)])      # (B, R / 2, R)
+            nearest = rows.add_(hidden[:, None]).amax(dim=-1)
             stay = nearest.argsort(dim=-1, descending=True, stable=True)[:, leave:]
-            rest = torch.cat((even.gather(1, stay), odd), dim=-1)
-        return rest
+            at = torch.cat((even.gather(1, stay), odd), dim=-1)
+        return at if at is rest else tokens.gather(1, at)
