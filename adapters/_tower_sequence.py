@@ -59,6 +59,8 @@ class TowerSequence:
         method = pruner.method
         for layer, stages in self.stages.items():
             for stage in stages:
+                if stage.video is not None:
+                    raise UnsupportedPointError(f"{method.name} adds a bias to the keys of a block, which a tower of packed pictures cannot do")
                 late = [tap for tap in stage.needs if tap.kind != "pixels" and tap.layer >= layer]
                 if late:
                     raise MissingSignalError(f"{method.name} reads {late[0]}, but when {stage.point.label} is reached only {layer} vision blocks have run")

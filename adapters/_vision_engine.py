@@ -290,6 +290,8 @@ class VisionEngine:
             raise UnsupportedPointError(f"{method.name} lets attention count merged tokens by their size, which this tower's attention cannot do")
         for stages in (*self.stages.values(), *self.middles.values()):
             for stage in stages:
+                if stage.video is not None:
+                    raise UnsupportedPointError(f"{method.name} chooses over the frames of a video inside the tower, and this tower sees pictures one by one")
                 if stage.gate is not None:
                     raise UnsupportedPointError(
                         f"{method.name} decides image by image whether to drop, so the images of a batch would differ in length, which a vision "

@@ -52,10 +52,20 @@ def decoder_points(handle: vlprune.PruneHandle) -> list[Any]:
 @pytest.mark.parametrize("method", METHODS)
 def test_drop_equals_mask(method: str, family: str, attention: str, padding: str) -> None:
     """Law 1 and 3: prefill and every decoded step equal one long masked run of the untouched model."""
-    tiny, card = families()[family], vlprune.get_method(method)
+    check_masked_run(method, families()[family], attention, padding, modality_of(vlprune.get_method(method), families()[family]))
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "video" in families()[name].modalities])
+@pytest.mark.parametrize("method", [name for name in METHODS if vlprune.get_method(name).modality == "any"])
+def test_drop_equals_mask_on_videos(method: str, family: str) -> None:
+    """The same for methods that take both, which the test above shows pictures."""
+    check_masked_run(method, families()[family], "sdpa", "left", "video")
+
+
+def check_masked_run(method: str, tiny: TinyFamily, attention: str, padding: str, modality: str) -> None:
+    card = vlprune.get_method(method)
     if not card.exact:
         pytest.skip(f"{method} declares that it changes kept tokens")
-    modality = modality_of(card, tiny)
     model = tiny.build(attention)
     rows = prompts(tiny, modality)
     inputs = tiny.prompt(rows[1:2] if padding == "none" else rows, padding="right" if padding == "right" else "left")
