@@ -182,7 +182,8 @@ def look(loaded: Loaded, inputs: dict[str, Any], pictures: Sequence[Image], one:
     records = dropping(records)
     panels, keys = paint_kept(pictures, records, items, size=side)
     kept, total = (sum(part) for part in zip(*((int(records[-1].kept[i].numel()), records[0].items[i].num_tokens) for i in items), strict=True))
-    where = ", ".join(record.point for record in records) + (", then back" if returns else "")
+    labels = [record.point for record in records]
+    where = (", ".join(labels) if len(labels) < 4 else f"{labels[0]} ... {labels[-1]}") + (", then back" if returns else "")
     return Entry(one.name, panels, kept, total, where, section_of(one.name, records), legend(keys))
 
 
