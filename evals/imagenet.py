@@ -222,7 +222,7 @@ def normalised(pictures: Tensor) -> Tensor:
 @torch.no_grad()
 def classify(predict: Predict, pictures: Tensor, found: list[int], after: Callable[[], None]) -> Tensor:
     """(n,) predicted classes; ``found`` holds those known already and gets the others batch by batch, ``after`` is called behind each."""
-    for part in pictures[len(found) :].split(BATCH):
+    for part in pictures[len(found) :].split(BATCH) if len(found) < len(pictures) else ():
         found.extend(predict(normalised(part)).argmax(dim=-1).tolist())
         after()
     return torch.tensor(found)

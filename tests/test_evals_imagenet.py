@@ -170,6 +170,11 @@ def test_a_killed_run_goes_on_where_it_was(data: Path, tmp_path: Path, monkeypat
     assert [(row["method"], row["right"], row["places"]) for row in rows] == [(row["method"], row["right"], row["places"]) for row in reference]
 
 
+def test_a_run_killed_behind_its_last_batch_asks_for_no_more() -> None:
+    found = [3, 1, 2]
+    assert imagenet.classify(lambda pixels: pytest.fail("asked again"), torch.zeros(3, 3, 8, 8, dtype=torch.uint8), found, lambda: None).tolist() == [3, 1, 2]
+
+
 def test_rows_are_used_again_unless_something_else_was_measured(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imagenet_results, "plot", lambda results, path: None)
     measured: list[str] = []
