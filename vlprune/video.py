@@ -1,133 +1,125 @@
-"""Frames of a video file, with their exact times, read with decord; and a small writer for examples and tests."""
+"""Read frames of a video file with their exact times: decord decodes them, or PyAV where decord cannot."""
 
 from __future__ import annotations
 
-import io
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from vlprune.errors import OptionError, VlpruneError
+from vlprune.video_clip import Clip
+from vlprune.video_decord import DecordRefusedError, read_with_decord, why_not
+from vlprune.video_index import FrameIndex, UnreadableError, read_index
+from vlprune.video_pictures import Size, check_resize
+from vlprune.video_pyav import DamagedFrameError, read_with_pyav
+from vlprune.video_sampling import SAMPLINGS, choose, window
+from vlprune.video_writing import write_video
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+__all__ = ["Clip", "read_video", "write_video"]
 
-@dataclass(frozen=True)
-class Clip:
-    """Frames sampled from a video file.
-
-    Attributes:
-        frames: pictures, in order.
-        times: seconds at which each is shown first, from the file's own timestamps.
-        exact: whether the file has sound timestamps; if not (some AVI files), ``times`` are index over frame rate.
-        indices: their numbers in the file.
-        fps: mean frames per second of the file.
-        num_frames: frames in the file.
-    """
-
-    path: Path
-    frames: list[Image]
-    times: list[float]
-    indices: list[int]
-    fps: float
-    num_frames: int
-    exact: bool = True
-
-    @property
-    def captions(self) -> list[str]:
-        """The times, for pictures."""
-        return [f"{'' if self.exact else '~'}{time:.2f} s" for time in self.times]
+BACKENDS = ("auto", "decord", "pyav")
+MAX_FRAMES = 768      # as in the processors of Qwen2-VL and its successors
 
 
-def read_video(path: str | Path, num_frames: int = 8) -> Clip:
-    """Sample ``num_frames`` frames uniformly: the middle frames of that many equal parts.
+def read_video(
+    path: str | Path,
+    num_frames: int = 8,
+    *,
+    sampling: str = "uniform",
+    fps: float | None = None,
+    max_frames: int = MAX_FRAMES,
+    start: float | None = None,
+    end: float | None = None,
+    resize: Size = None,
+    backend: str = "auto",
+) -> Clip:
+    """Read some frames of a video file.
 
-    A file with fewer frames gives all of them.
-
-    Raises:
-        OptionError: the file does not exist, or cannot be decoded; the message names it.
-    """
-    file = Path(path)
-    if num_frames < 1:
-        raise OptionError(f"num_frames={num_frames}: at least one frame is needed")
-    if not file.is_file():
-        raise OptionError(f"there is no video file {str(file)!r}")
-    try:
-        import decord
-        from PIL import Image as image_module
-    except ImportError as error:
-        raise VlpruneError(f"reading a video needs {error.name}, which is not installed: pip install 'vlprune[video,draw]'") from error
-    try:
-        reader = decord.VideoReader(str(file), num_threads=1)
-        total = len(reader)
-        count = min(num_frames, total)
-        indices = [(2 * part + 1) * total // (2 * count) for part in range(count)]
-        pixels = reader.get_batch(indices).asnumpy()
-        fps = float(reader.get_avg_fps())
-        stamps = reader.get_frame_timestamp(range(total))[:, 0].astype(float)
-    except Exception as error:      # decord raises its own and plain runtime errors, with C++ traces in the text
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        hint = "Is it damaged, or in a codec that decord lacks (AV1)?"
-        raise OptionError(f"decord cannot read the video file {str(file)!r}: {_plain(reason[0])}. {hint}") from error
-    if not indices or not pixels.size:
-        raise OptionError(f"the video file {str(file)!r} has no frames")
-    exact = bool(np.isfinite(stamps).all() and stamps[0] >= 0 and (np.diff(stamps) > 0).all())
-    times = stamps if exact else np.arange(total) / fps
-    frames = [image_module.fromarray(frame) for frame in pixels]
-    return Clip(file, frames, [float(times[index]) for index in indices], indices, fps, total, exact)
-
-
-def _plain(line: str) -> str:
-    """A decord message without its C++ place and time stamp."""
-    return line.split("] ")[-1].split("Check failed: ")[-1].strip().rstrip(".")[:160] or "unknown reason"
-
-
-def write_video(path: str | Path, frames: Sequence[Any], fps: int = 8, quality: int = 92) -> Path:
-    """Write a Motion-JPEG AVI file: every player and decord read it, and Pillow is all it takes.
+    However long the file, only the frames that are returned are kept, resized at once.
 
     Args:
-        path: of the file, usually ``*.avi``.
-        frames: PIL images or uint8 arrays, all of one size.
-        fps: frames per second.
-        quality: of the JPEG pictures.
+        path: of the file.
+        num_frames: how many, for ``"uniform"`` and ``"keyframes"``. A file with fewer gives all of them.
+        sampling: ``"uniform"``: the middle frames of that many equal parts; ``"fps"``: the frames nearest to 0, 1 / fps, 2 / fps ... seconds;
+            ``"keyframes"``: key frames, evenly spread over all of them.
+        fps: frames a second, for ``sampling="fps"``.
+        max_frames: at most so many with ``sampling="fps"``; more are thinned out evenly, which ``note`` says.
+        start: seconds from which on; the first frame is the one shown then.
+        end: seconds up to which, exclusive.
+        resize: the longest side of the frames in pixels, at most; or (height, width).
+        backend: ``"decord"``, ``"pyav"``, or ``"auto"``: decord, and PyAV where decord cannot open the file or would return other frames.
+
+    Raises:
+        OptionError: the file does not exist, is damaged or cannot be decoded; the message names it. Or an option cannot work.
+        VlpruneError: the packages for video are not installed.
     """
-    from PIL import Image as image_module
-
-    pictures = [frame if isinstance(frame, image_module.Image) else image_module.fromarray(np.asarray(frame)) for frame in frames]
-    if not pictures or any(picture.size != pictures[0].size for picture in pictures):
-        raise OptionError("a video needs at least one frame, and all of one size")
-    width, height = pictures[0].size
-    data = []
-    for picture in pictures:
-        buffer = io.BytesIO()
-        picture.convert("RGB").save(buffer, "JPEG", quality=quality, subsampling=0)
-        data.append(buffer.getvalue())
-    largest = max(map(len, data))
-    header = struct.pack("<14I", 1_000_000 // fps, largest * fps, 0, 0x10, len(data), 0, 1, largest, width, height, 0, 0, 0, 0)
-    stream = b"vidsMJPG" + struct.pack("<10I", 0, 0, 0, 1, fps, 0, len(data), largest, 0xFFFFFFFF, 0) + struct.pack("<4H", 0, 0, width, height)
-    form = struct.pack("<IiiHH4sIiiII", 40, width, height, 1, 24, b"MJPG", width * height * 3, 0, 0, 0, 0)
-    movie, index, offset = b"movi", b"", 4
-    for picture in data:
-        chunk = _chunk(b"00dc", picture)
-        index += b"00dc" + struct.pack("<3I", 0x10, offset, len(picture))
-        movie += chunk
-        offset += len(chunk)
-    lists = _list(b"hdrl", _chunk(b"avih", header) + _list(b"strl", _chunk(b"strh", stream) + _chunk(b"strf", form)))
-    body = b"AVI " + lists + _chunk(b"LIST", movie) + _chunk(b"idx1", index)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(_chunk(b"RIFF", body))
-    return target
+    file = Path(path)
+    _check(file, num_frames, sampling, fps, max_frames, backend)
+    check_resize(resize)
+    index = _index(file, backend)
+    wanted, note = choose(index, sampling, num_frames, fps, max_frames, start, end)
+    if index.damage and window(index, start, end)[1] == len(index):
+        there = f"{len(index)} frames are there, the last one (perhaps in part) at {index.times[-1]:.3f} s: end={index.times[-1]:.3f} reads those before it"
+        raise OptionError(f"the video file {str(file)!r} is damaged: {index.damage}. {there}.")
+    refused = ""
+    used = "pyav"
+    frames: list[Image] = []
+    if backend != "pyav":
+        try:
+            used, frames = "decord", read_with_decord(file, index, wanted, resize)
+        except DecordRefusedError as error:
+            if backend == "decord":
+                raise OptionError(f"decord cannot read the video file {str(file)!r}: {error}. backend='auto' lets PyAV try.") from error
+            used, refused = "pyav", f"decord: {error}"
+    if used == "pyav":
+        frames = _with_pyav(file, index, wanted, resize, refused)
+    note = "; ".join(part for part in (f"read with PyAV ({refused})" if refused else "", note) if part)
+    times = [float(index.times[place]) for place in wanted]
+    return Clip(file, frames, times, wanted, index.fps, len(index), index.exact, index.duration, used, note)
 
 
-def _chunk(name: bytes, data: bytes) -> bytes:
-    return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
+def _check(file: Path, num_frames: int, sampling: str, fps: float | None, max_frames: int, backend: str) -> None:
+    """One clear line for what cannot work."""
+    for name, value, known in (("sampling", sampling, SAMPLINGS), ("backend", backend, BACKENDS)):
+        if value not in known:
+            raise OptionError(f"{name}={value!r}: one of {', '.join(map(repr, known))} is needed")
+    for name, number in (("num_frames", num_frames), ("max_frames", max_frames)):
+        if number < 1:
+            raise OptionError(f"{name}={number}: at least one frame is needed")
+    if (sampling == "fps") != (fps is not None) or (fps is not None and not 0 < fps < float("inf")):
+        raise OptionError(f"sampling={sampling!r}, fps={fps}: sampling='fps' needs fps, the frames a second, and nothing else takes it")
+    if not file.is_file():
+        raise OptionError(f"there is no video file {str(file)!r}")
 
 
-def _list(name: bytes, data: bytes) -> bytes:
-    return _chunk(b"LIST", name + data)
+def _index(file: Path, backend: str) -> FrameIndex:
+    """The frames of the file; where PyAV cannot open it, what both libraries say."""
+    try:
+        return read_index(file)
+    except ImportError as error:
+        raise VlpruneError(f"reading a video needs {error.name}, which is not installed: pip install 'vlprune[video]'") from error
+    except UnreadableError as error:
+        reasons = [f"PyAV: {error}"]
+        if backend != "pyav":
+            reasons.insert(0, f"decord: {why_not(file)}")
+        raise OptionError(f"cannot read the video file {str(file)!r}: {'; '.join(reasons)}. Is it a video, and whole?") from error
+
+
+def _with_pyav(file: Path, index: FrameIndex, wanted: Sequence[int], resize: Size, refused: str) -> list[Image]:
+    """Its frames, or an error that tells which one is damaged and what can be read."""
+    before = f"{refused}; " if refused else ""
+    try:
+        return read_with_pyav(file, index, wanted, resize)
+    except DamagedFrameError as error:
+        times, rest = index.times, []
+        if error.until:
+            rest.append(f"end={times[error.until]:.3f} reads up to frame {error.until - 1}")
+        if error.again is not None:
+            rest.append(f"start={times[error.again]:.3f} reads from frame {error.again} on")
+        place = f"frame {error.place} of {len(index)}, at {times[error.place]:.2f} s, cannot be decoded"
+        raise OptionError(f"the video file {str(file)!r} is damaged: {place} ({before}PyAV: {error}). {'; '.join(rest) or 'Nothing before it can'}.") from error
+    except UnreadableError as error:
+        raise OptionError(f"cannot read the video file {str(file)!r}: {before}PyAV: {error}") from error
