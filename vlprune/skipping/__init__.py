@@ -1,0 +1,1 @@
+"""Skipping: tokens, modules and layers that do not run, for text and while decoding."""
