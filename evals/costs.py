@@ -32,7 +32,9 @@ class Meter:
 
     def __init__(self, path: Path, worker: Worker, batches: Sequence[int]) -> None:
         self.path, self.worker, self.batches = path, worker, tuple(batches)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        whole = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = whole.splitlines()
+        self._torn = bool(whole) and not whole.endswith("\n")
         self.known: list[dict[str, Any]] = []
         for line in lines:
             try:
@@ -58,11 +60,16 @@ class Meter:
             together = collate([inputs] * batch, pad_token(self.worker.loaded))
             if together is None:
                 continue
-            self._rounds(together, batch, once, costs, lambda done, total, batch=batch: progress(done, total, f"{card.title}: cost at batch {batch}"))
+
+            def tell(done: int, total: int, words: str = f"{card.title}: cost at batch {batch}") -> None:
+                progress(done, total, words)
+
+            self._rounds(together, batch, once, costs, tell)
         record = {"of": wanted, "costs": costs}
         self.known.append(record)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(("\n" if self._torn else "") + json.dumps(record) + "\n")
+        self._torn = False
         return costs
 
     def close(self) -> None:
@@ -76,7 +83,9 @@ class Meter:
                 continue
         return None
 
-    def _rounds(self, inputs: dict[str, Any], batch: int, settings: Sequence[Setting], costs: dict[str, dict[str, Any]], tell: Callable[[int, int], None]) -> None:
+    def _rounds(
+        self, inputs: dict[str, Any], batch: int, settings: Sequence[Setting], costs: dict[str, dict[str, Any]], tell: Callable[[int, int], None]
+    ) -> None:
         first: dict[str, list[float]] = {}
         step: dict[str, list[float]] = {}
         rounds = ROUNDS if batch == 1 else 3

@@ -126,7 +126,7 @@ def measure(
     loaded = load_embedded()
     pairs = digits.heldout_questions(n, seed)
     truth = [question.answer for _, question in pairs]
-    plans, refused = make_plans(loaded.model, keeps, methods or vlprune.list_methods(), draws)
+    plans, refused = make_plans(loaded.model, keeps, methods or vlprune.list_methods("visual"), draws)
     left_out = {} if left_out is None else left_out
     left_out.update(refused)
     plans.insert(0, ({"method": "dense", "keep": "1", "places": [], "options": "", "draws": 1}, [PruningMethod("dense")]))

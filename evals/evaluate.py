@@ -9,6 +9,7 @@ Every sample is opened once and asked under every setting before the next one, s
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -30,7 +31,7 @@ from vlprune.evals.worker import Plan, Worker
 class Task:
     """A few samples for a worker, with the labels of the settings that lack an answer, by sample id."""
 
-    benchmark: str
+    benchmark: Benchmark
     samples: tuple[Sample, ...]
     lacking: Mapping[str, tuple[str, ...]]
 
@@ -52,7 +53,7 @@ class Local:
     def run(self, tasks: Sequence[Task]) -> Iterator[dict[str, Any]]:
         """One task after the other; records as they are made."""
         for task in tasks:
-            yield from self.worker.answer(get_benchmark(task.benchmark), task.samples, task.lacking)
+            yield from self.worker.answer(task.benchmark, task.samples, task.lacking)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Request:
 
     Attributes:
         plan: model, methods, keeps.
-        benchmarks: names.
+        benchmarks: names, or benchmarks of your own.
         sources: where each benchmark is read from, by name; benchmarks that need no data may be left out.
         out: the results folder.
         limit: samples of each benchmark at most, evenly spread; results are marked as not comparable with full ones.
@@ -72,7 +73,7 @@ class Request:
     """
 
     plan: Plan
-    benchmarks: tuple[str, ...]
+    benchmarks: tuple[str | Benchmark, ...]
     sources: Mapping[str, Source] = field(default_factory=dict)
     out: Path = Path("out/eval")
     limit: int | None = None
@@ -93,8 +94,10 @@ def evaluate(
     """Ask everything that is not answered yet, and write the results folder.
 
     Args:
+        request: what is asked for.
         worker: a worker with the model of ``request.plan``; made if not given.
         engine: where the samples are asked; this process if not given.
+        progress: called with every answer.
         command: for the results; the words of this process if not given.
 
     Returns:
@@ -105,8 +108,7 @@ def evaluate(
     """
     cards = [get_benchmark(name) for name in request.benchmarks]
     samples = {card.name: load_samples(card, _source(request, card)) for card in cards}
-    config = describe(request)
-    check_folder(request.out, config)
+    config = check_folder(request.out, describe(request))
     worker = Worker(request.plan) if worker is None else worker
     settings = {card.name: worker.settings(card) for card in cards}
     (request.out / "answers").mkdir(parents=True, exist_ok=True)
@@ -145,7 +147,7 @@ def make_tasks(card: Benchmark, samples: Sequence[Sample], labels: Sequence[str]
         lacking = {sample.id: tuple(label for label in labels if (label, sample.id) not in journal) for sample in part}
         asked = tuple(sample for sample in part if lacking[sample.id])
         if asked:
-            yield Task(card.name, asked, {sample.id: lacking[sample.id] for sample in asked})
+            yield Task(card, asked, {sample.id: lacking[sample.id] for sample in asked})
 
 
 def measure_costs(
@@ -170,26 +172,38 @@ def describe(request: Request) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if place.startswith("cuda") and torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {
         "model": plan.spec.name, "dtype": plan.spec.dtype, "device": name, "frames": asdict(plan.frames), "seed": request.seed, "batch": plan.batch,
+        "data": {card.name: _place(_source(request, card)) for card in map(get_benchmark, request.benchmarks) if not card.embedded},
         "options": {key: {name: repr(value) for name, value in given.items()} for key, given in plan.options.items()},
         "vlprune": vlprune.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
     }  # fmt: skip
 
 
-def check_folder(out: Path, config: Mapping[str, Any]) -> None:
-    """A folder is continued only with the same model, frames, seed and versions."""
+def check_folder(out: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """A folder is continued only with the same model, frames, seed, versions and data; benchmarks may be added. The config with those of before."""
     path = out / "config.json"
+    folder = next(place for place in (out, *out.parents) if place.exists())
+    if not folder.is_dir():
+        raise OptionError(f"--out {str(out)!r}: {str(folder)!r} is a file, and a folder is needed")
+    if not os.access(folder, os.W_OK):
+        raise OptionError(f"--out {str(out)!r}: {str(folder)!r} cannot be written to")
     if not path.exists():
         if out.exists() and any((out / "answers").glob("*.jsonl")):
             raise OptionError(f"{str(out)!r} holds answers, but no config.json that says of what. Choose another --out.")
-        return
+        return config
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise OptionError(f"{str(path)!r} is no JSON: {error}. Choose another --out.") from error
+    places = known.get("data") if isinstance(known, dict) else None
+    if not isinstance(known, dict) or not isinstance(places, dict):
+        raise OptionError(f"{str(path)!r} is not of vlprune eval. Choose another --out.")
+    config = {**config, "data": {**places, **config["data"]}}
+    known["data"] = {**config["data"], **places}                        # a benchmark more is no other data
     other = {name: (known.get(name), value) for name, value in config.items() if known.get(name) != value}
     if other:
         words = "; ".join(f"{name} was {before!r} and is {now!r}" for name, (before, now) in other.items())
         raise OptionError(f"{str(out)!r} holds answers to something else: {words}. Choose another --out, or remove this folder.")
+    return config
 
 
 def _source(request: Request, card: Benchmark) -> Source:
@@ -199,3 +213,8 @@ def _source(request: Request, card: Benchmark) -> Source:
     if given.folder is not None and not given.folder.exists():
         raise OptionError(f"{card.name}: there is no folder {str(given.folder)!r}. It reads: {card.layout}")
     return Source(given.folder, given.hub, given.split, request.seed, request.limit)
+
+
+def _place(source: Source) -> str:
+    place = f"hub:{source.hub}" if source.folder is None else str(source.folder)
+    return place if source.split is None else f"{place}, split {source.split}"

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from inspect import signature
 from typing import Any
 
+from vlprune.evals import plots
 from vlprune.evals.benchmark import Benchmark, Sample
 from vlprune.evals.evaluate import Request
 from vlprune.evals.journal import Journal, write_whole
@@ -47,7 +48,11 @@ def table(
     """
     by_key = {(record["setting"], record["id"]): record for record in records}
     labels = [setting.label for setting in settings]
-    broken = {sample.id: by_key[labels[0], sample.id]["error"] for sample in samples if by_key.get((labels[0], sample.id), {}).get("failed") == "open"}
+    broken: dict[str, str] = {}
+    for sample in samples:                                               # a file may break between two runs: then it is lost to all settings
+        for label in labels:
+            if by_key.get((label, sample.id), {}).get("failed") == "open":
+                broken.setdefault(sample.id, by_key[label, sample.id]["error"])
     counted = [sample for sample in samples if sample.id not in broken and all((label, sample.id) in by_key for label in labels)]
     groups: dict[str, list[Setting]] = defaultdict(list)
     for setting in settings:
@@ -84,7 +89,7 @@ def _row(
     for sample, score in zip(samples, scores, strict=True):
         kinds[sample.kind].append(score)
     row["kinds"] = {kind: mean_of(values).value for kind, values in sorted(kinds.items())} if len(kinds) > 1 else {}
-    if card.summary is not None:
+    if card.summary is not None and samples:
         given = [samples, scores, [entry["answer"] for entry in records[0]]][: len(signature(card.summary).parameters)]
         row["summary"] = dict(card.summary(*given))
     answered = [entry for draw in records for entry in draw if "kept" in entry]
@@ -144,11 +149,13 @@ def averages(tables: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def write(request: Request, found: dict[str, Any], worker: Worker, cards: Sequence[Benchmark], samples: Mapping[str, Sequence[Sample]], settings: Settings) -> None:
+def write(
+    request: Request, found: dict[str, Any], worker: Worker, cards: Sequence[Benchmark], samples: Mapping[str, Sequence[Sample]], settings: Settings
+) -> None:
     """The files of the results folder."""
     write_whole(request.out / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     write_whole(request.out / "results.md", markdown(found))
-    from vlprune.evals import page, plots
+    from vlprune.evals import page
 
     plots.write(request.out, found)
     page.write(request, found, worker, cards, samples, settings)
@@ -166,14 +173,19 @@ def markdown(found: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     if found["limit"] is not None:
         lines += [f"**At most {found['limit']} samples a benchmark: not comparable with full runs.**", ""]
-    for one in found["benchmarks"].values():
+    for key, one in found["benchmarks"].items():
         lines += [f"## {one['title']}", "", f"{one['counted']} of {one['samples']} samples. {one['source']}", "", *_lines(one), ""]
         lines += [f"- failed to open: {name}: {why}" for name, why in one["failed"].items()]
-        lines += [f"- {row['row']} failed on {len(row['failed'])} samples, which count as wrong: {next(iter(row['failed'].values()))}" for row in one["rows"] if row["failed"]]
-        lines += [f"- {row['row']} was not left with the tokens asked for: {', '.join(row['tokens']['not_as_asked'])}" for row in one["rows"] if not row.get("tokens", {}).get("as_asked", True)]
+        for row in one["rows"]:
+            if row["failed"]:
+                lines.append(f"- {row['row']} failed on {len(row['failed'])} samples, which count as wrong: {next(iter(row['failed'].values()))}")
+            if not row.get("tokens", {}).get("as_asked", True):
+                lines.append(f"- {row['row']} was not left with the tokens asked for: {', '.join(row['tokens']['not_as_asked'])}")
+            if row["cost"].get("failed"):
+                lines.append(f"- {row['row']}: costs were not measured to the end: {row['cost']['failed']}")
         lines += [f"- {name} left out: {why}" for name, why in one["left_out"].items()]
         lines += [f"- {row['row']}: {row['options']}" for row in one["rows"] if row["options"]]
-        lines.append("")
+        lines += ["", *(f"![{words}]({file})" for file, words in plots.files(found, key)), ""]
     if len(found["benchmarks"]) > 1:
         lines += ["## All together", "", "Score over dense score, mean over the benchmarks.", "", "| run | relative average |", "|---|---:|"]
         lines += [f"| {entry['row']} | {100 * entry['relative']:.1f} % |" for entry in found["average"]]
@@ -193,7 +205,7 @@ def _lines(one: Mapping[str, Any]) -> list[str]:
         cells = [
             row["row"] + (f" (mean of {row['draws']})" if row["draws"] > 1 else "") + (" **slower than dense**" if row.get("slower_than_dense") else ""),
             f"{100 * row['score']:.1f} ± {100 * row['error']:.1f}",
-            "" if change is None else f"{100 * change['change']:+.1f} ± {100 * change['error']:.1f}" + ("" if math.isnan(change["p"]) else f" ({change['p']:.2g})"),
+            "" if change is None else _change(change),
             "" if change is None else f"{change['gained']} / {change['lost']}",
             _count(tokens),
             f"{100 * flops['share']:.1f} % ({_giga(flops['vision'])} + {_giga(flops['scorer'])} + {_giga(flops['decoder'])} G)" if flops else "",
@@ -207,8 +219,12 @@ def _lines(one: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _change(change: Mapping[str, float]) -> str:
+    return f"{100 * change['change']:+.1f} ± {100 * change['error']:.1f}" + ("" if math.isnan(change["p"]) else f" ({change['p']:.2g})")
+
+
 def _count(tokens: Mapping[str, Any]) -> str:
-    if not tokens:
+    if not tokens or math.isnan(tokens["mean"]):
         return ""
     same = tokens["mean"] == tokens["most"]
     return f"{tokens['mean']:.0f}" if same else f"{tokens['mean']:.1f} (p50 {tokens['median']:.0f}, max {tokens['most']:.0f})"

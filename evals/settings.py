@@ -62,6 +62,7 @@ def make_settings(
     """The settings in the order of the tables, and why the other methods are left out.
 
     Args:
+        model: to build the methods for.
         methods: names, or ``["all"]``. ``dense`` and ``random`` are always among them, and first.
         keeps: shares such as ``"1/3"`` or numbers such as ``"64"``.
         modality: of the items that the model sees: ``"image"`` or ``"video"``.
@@ -69,31 +70,35 @@ def make_settings(
         options: by method, beside ``keep``.
 
     Raises:
-        OptionError, UnknownNameError: a method or a keep that does not exist.
+        VlpruneError: a method, a keep or an option that does not exist or cannot work.
     """
-    names = vlprune.list_methods() if list(methods) == ["all"] else list(dict.fromkeys(methods))
+    names = vlprune.list_methods("visual") if list(methods) == ["all"] else list(dict.fromkeys(methods))
     for name in names:
         vlprune.get_method(name)
     extra = {name: dict(given) for name, given in (options or {}).items()}
     strange = sorted(set(extra) - set(names))
     if strange:
         raise OptionError(f"options for {', '.join(strange)}, which is not among the methods {', '.join(names)}")
+    fixed = sorted({DENSE, RANDOM} & set(extra))
+    if fixed:
+        raise OptionError(f"options for {', '.join(fixed)}: the baselines take none; more draws of random are --draws N")
     named = [name for name in names if name not in (DENSE, RANDOM)]
     found, left_out = [Setting(DENSE, "1")], {}
     for keep in keeps:
         share = parse_share(keep)
         found += [Setting(RANDOM, keep, draw, _build(model, RANDOM, share, {"seed": draw})) for draw in range(draws)]
         for name in named:
+            card = vlprune.get_method(name)
+            if name in extra and card.modality in ("any", modality):     # options that a user wrote are right, or an error
+                words = ", ".join(f"{key}={value!r}" for key, value in extra[name].items())
+                found.append(Setting(name, keep, 0, _build(model, name, share, extra[name]), words, not card.adaptive))
+                continue
             try:
-                if name in extra:
-                    built, words = _build(model, name, share, extra[name]), ", ".join(f"{key}={value!r}" for key, value in extra[name].items())
-                else:
-                    one = fit(model, name, share, modality)
-                    built, words = one.method, one.options
+                one = fit(model, name, share, modality)
             except VlpruneError as error:
                 left_out[name] = reason(error).removeprefix(f"{name} ")
                 continue
-            found.append(Setting(name, keep, 0, built, words, not vlprune.get_method(name).adaptive))
+            found.append(Setting(name, keep, 0, one.method, one.options, not card.adaptive))
     return found, left_out
 
 

@@ -56,7 +56,7 @@ class Plan:
     keeps: tuple[str, ...]
     draws: int = 1
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    frames: Frames = Frames()
+    frames: Frames = field(default_factory=Frames)
     batch: int = 1
 
 
@@ -85,6 +85,8 @@ class Worker:
         """Records for a few samples, all settings of one batch after each other.
 
         Args:
+            benchmark: whose prompts and score count.
+            samples: to open, once each.
             lacking: labels of the settings that are asked for, by sample id.
         """
         opened: list[Opened] = []
@@ -136,10 +138,11 @@ def _counts(handle: PruneHandle, setting: Setting, rows: int) -> list[dict[str, 
         return found
     for item in trace.layout.items:
         found[item.row]["visual"] += item.num_tokens
-    if not trace.points:
+    points = [point for point in trace.points if point.tokens == "visual"]
+    if not points:
         return [{**row, "kept": row["visual"]} for row in found]
-    last = trace.points[-1]
-    stages = [stage for stage in handle.method.stages if stage.point.label == last.point]
+    last = points[-1]
+    stages = [stage for stage in handle.method.stages if stage.point.label == last.point and stage.tokens == "visual"]
     for item, kept in zip(last.items, last.kept, strict=True):
         row = found[item.row]
         row["kept"] += int(kept.numel())

@@ -57,9 +57,9 @@ def test_every_method_has_a_random_of_its_own() -> None:
 def test_the_default_is_every_method_that_fits() -> None:
     from vlprune.loading import load_embedded
 
-    plans, left_out = embedded.make_plans(load_embedded().model, [Fraction(1, 3), Fraction(1, 9)], vlprune.list_methods(), 1)
+    plans, left_out = embedded.make_plans(load_embedded().model, [Fraction(1, 3), Fraction(1, 9)], vlprune.list_methods("visual"), 1)
     there = {settings["method"] for settings, _ in plans}
-    assert there | set(left_out) | {"dense"} == set(vlprune.list_methods())
+    assert there | set(left_out) | {"dense"} == set(vlprune.list_methods("visual"))
     assert not there & set(left_out)
     assert all(left_out.values())
 

@@ -1,4 +1,4 @@
-"""Digit scenes: twelve kinds of questions about handwritten digits on photographs, made anew (`vlprune.evals.digits`); the embedded model was trained on them."""
+"""Digit scenes: twelve kinds of questions about handwritten digits on photographs, made anew (`vlprune.evals.digits`); the embedded model learned them."""
 
 from __future__ import annotations
 
