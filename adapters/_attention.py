@@ -17,8 +17,8 @@ CHUNK_LOGITS_ELSEWHERE = 1 << 24
 
 
 def project(attn: nn.Module, states: Tensor, which: str) -> Tensor:
-    """Apply the query (``"q"``) or key (``"k"``) projection and its norm: (B, L, D) to (B, H, L, d), before rotation."""
-    name = {"q": ("q_proj", "query", "to_q"), "k": ("k_proj", "key", "to_k")}[which]
+    """Apply the query (``"q"``), key (``"k"``) or value (``"v"``) projection and its norm: (B, L, D) to (B, H, L, d), before rotation."""
+    name = {"q": ("q_proj", "query", "to_q"), "k": ("k_proj", "key", "to_k"), "v": ("v_proj", "value", "to_v")}[which]
     linear = next((getattr(attn, n) for n in name if isinstance(getattr(attn, n, None), nn.Module)), None)
     if linear is not None:
         out = linear(states)
@@ -29,7 +29,7 @@ def project(attn: nn.Module, states: Tensor, which: str) -> Tensor:
         out = fused(states)
         width = out.shape[-1]
         heads_q, heads_kv, head_dim = head_counts(attn, width)
-        start, count = (0, heads_q) if which == "q" else (heads_q, heads_kv)
+        start, count = {"q": (0, heads_q), "k": (heads_q, heads_kv), "v": (heads_q + heads_kv, heads_kv)}[which]
         out = out[..., start * head_dim : (start + count) * head_dim]
     head_dim = _head_dim(attn, out.shape[-1], which)
     heads = out.unflatten(-1, (-1, head_dim))                            # (B, L, H, d)

@@ -17,6 +17,7 @@ from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from vlprune.errors import UnsupportedCallError
+from vlprune.protocols import GenerationState
 
 #: transformers 5.17 has no ``BaseQuantizedLayer``: there every quantized layer is a ``QuantizedLayer``.
 _QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
@@ -103,9 +104,10 @@ class PrunedLayer(CacheLayerMixin):
         self.keymap: KeyMap | None = None
         self.length = int(inner.get_seq_length())
         self.pending: tuple[KeyMap | None, int] | None = None
-        self.steps = 0
         self.selection: Any = None              # `_decode_select.Selection`, what decoding looks at
         self.view: View | None = None           # entries that the coming update hands to attention; None: all
+        self.state: GenerationState | None = None       # what policies remember, shared by the layers
+        self.missing = False                    # a token passed by and left no entry (`LayerSkip` with nothing in the cache)
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":
@@ -155,6 +157,7 @@ class PrunedLayer(CacheLayerMixin):
         else:
             before, valid, bias = torch.arange(self.length, device=device).expand(batch, -1), None, None
             dropped = torch.zeros(batch, dtype=torch.long, device=device)
+        self.missing = True
         self.keymap, self.pending = KeyMap(before, valid, length, dropped + (length - self.length), bias), None
         self.length = length
 
@@ -212,6 +215,7 @@ class PrunedLayer(CacheLayerMixin):
         """Empty the layer."""
         self.inner.reset()
         self.keymap, self.length, self.pending, self.selection = None, 0, None, None
+        self.state, self.missing = None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
@@ -220,6 +224,8 @@ class PrunedLayer(CacheLayerMixin):
             self.keymap = self.keymap.rows(beam_idx)
         if self.selection is not None:
             self.selection = self.selection.rows(beam_idx)
+        if self.state is not None:
+            self.state = self.state.rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows of the batch."""
@@ -228,6 +234,8 @@ class PrunedLayer(CacheLayerMixin):
             self.keymap = self.keymap.rows(indices)
         if self.selection is not None:
             self.selection = self.selection.rows(indices)
+        if self.state is not None:
+            self.state = self.state.rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
@@ -235,6 +243,8 @@ class PrunedLayer(CacheLayerMixin):
         if self.keymap is not None:
             rows = torch.arange(self.keymap.prefix.shape[0]).repeat_interleave(repeats)
             self.keymap = self.keymap.rows(rows)
+        if self.state is not None:
+            self.state = self.state.repeat(repeats)
         if self.selection is not None:
             self.selection = self.selection.repeat(repeats)
 
@@ -260,9 +270,14 @@ def wrap_layer(layer: Any) -> PrunedLayer:
     if getattr(layer, "is_sliding", False):
         if getattr(layer, "is_compileable", False):
             raise UnsupportedCallError("static sliding-window caches cannot hold a pruned prompt; use cache_implementation='dynamic'.")
-        if layer.get_seq_length() > 0:
+        if layer.get_seq_length() == 0:
+            return SlidingPrunedLayer(DynamicLayer())
+        if layer.keys.shape[-2] < layer.get_seq_length():
             raise UnsupportedCallError("this sliding-window cache was filled before pruning was applied; start from a new cache.")
-        return SlidingPrunedLayer(DynamicLayer())
+        whole = DynamicLayer()                                           # nothing has slid out of it yet
+        whole.lazy_initialization(layer.keys, layer.values)
+        whole.keys, whole.values = layer.keys, layer.values
+        return SlidingPrunedLayer(whole)
     if not isinstance(layer, (DynamicLayer, cache_utils.StaticLayer)) or isinstance(layer, cache_utils.LinearAttentionCacheLayerMixin):
         raise UnsupportedCallError(
             f"cache layers of type {type(layer).__name__} cannot hold a pruned prompt. Use the default cache (cache_implementation='dynamic'), "

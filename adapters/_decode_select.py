@@ -22,7 +22,7 @@ from vlprune.adapters._decoder_taps import attention_of
 from vlprune.errors import UnsupportedCallError, UnsupportedPointError
 from vlprune.hooks import HookSet
 from vlprune.method import DecodeSelect
-from vlprune.pruner import Pruner, Session
+from vlprune.pruner import ItemState, Pruner, Session
 
 
 @dataclass(eq=False)
@@ -142,7 +142,7 @@ class DecodeSelects:
         assert first is not None
         entry.view = None
         if number == select.layer:
-            session.check_modality(session.items)
+            session.check_modality(session.states(select.tokens))
             past = entry.length if entry.keymap is None else entry.keymap.entries(entry.length)
             entry.selection = _extended(entry.selection, session, select, past)
         else:
@@ -228,15 +228,22 @@ def _entry(cache: Any, number: int) -> PrunedLayer | None:
     return entry if isinstance(entry, PrunedLayer) else None
 
 
+def looked_at(select: DecodeSelect, state: ItemState) -> int:
+    """How many of an item's remaining keys a step sees."""
+    number, protected = state.slots.numel(), state.item.protected
+    if isinstance(select.budget.keep, int) and select.budget.keep >= number + protected:
+        return number
+    return max(0, select.budget.num_keep(number + protected) - protected)
+
+
 def _extended(old: Selection | None, session: Session, select: DecodeSelect, past: int) -> Selection:
     """The selection once the items of this prefill stand behind ``past`` entries; nothing is chosen yet."""
     rows, device = session.layout.num_rows, session.device
     places: list[list[Tensor]] = [[] for _ in range(rows)]
     keep = [0] * rows
-    for state in session.items:
+    for state in session.states(select.tokens):
         places[state.item.row].append(state.slots)
-        number = state.slots.numel()
-        keep[state.item.row] += number if isinstance(select.budget.keep, int) and select.budget.keep >= number else select.budget.num_keep(number)
+        keep[state.item.row] += looked_at(select, state)
     joined = [torch.cat(part) if part else torch.zeros(0, dtype=torch.long, device=device) for part in places]
     counts = [part.numel() for part in joined]
     visual = past + torch.stack([functional.pad(part, (0, max(counts) - part.numel())) for part in joined])

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from vlprune.adapters import _sequence
+from vlprune.adapters._bypass import Bypasses, Rows, fill_layer
 from vlprune.adapters._cache import KeyMap, PrunedLayer, wrap_cache
 from vlprune.adapters._decode_select import DecodeSelects
 from vlprune.adapters._decoder_taps import DecoderTaps, attention_of
+from vlprune.adapters._head_attention import HeadAttention
 from vlprune.errors import UnsupportedCallError, UnsupportedModelError
 from vlprune.hooks import HookSet
-from vlprune.method import Attend, Bypass, LayerSkip
-from vlprune.protocols import Tap
+from vlprune.method import Attend, LayerSkip
+from vlprune.protocols import GenerationState, Tap
 from vlprune.pruner import Collect, ItemState, Pruner, Session
 
 
@@ -44,12 +46,19 @@ class DecoderEngine:
         self.stages = pruner.stages("decoder")
         self.taps = DecoderTaps(self.layers, pruner, final_norm(decoder))
         self.selects = DecodeSelects(self.layers, pruner, lambda: self.backend)
+        self.bypasses = Bypasses(self.layers, pruner, lambda: self.backend)
         self.causal = bool(getattr(attention_of(self.layers[0]), "is_causal", True))
         self.tower_cuts = bool(pruner.stages("vision"))
         self.renumber = pruner.positions == "renumber" and bool(self.stages or self.tower_cuts)
         if self.renumber and not can_renumber:
             raise UnsupportedModelError(
                 "positions='renumber' is not defined for multimodal (M-)RoPE ids with time, height and width. Use positions='preserve'."
+            )
+        skips: tuple[Any, ...] = (*pruner.method.bypasses, *pruner.method.layer_skips)
+        if self.renumber and any(part.kv == "active_only" for part in skips):
+            raise UnsupportedModelError(
+                f"{pruner.method.name} leaves out keys of tokens that go on (kv='active_only'), so how many tokens left differs from layer to layer and "
+                "positions='renumber' has no meaning. Use positions='preserve'."
             )
 
     @property
@@ -61,7 +70,7 @@ class DecoderEngine:
     def acts(self) -> bool:
         """Whether there is anything to do in this decoder."""
         method = self.pruner.method
-        return bool(self.stages or self.tower_cuts or method.bypasses or method.attends or method.layer_skips or self.selects.selects)
+        return bool(self.stages or self.tower_cuts or self.bypasses.acts or method.attends or method.layer_skips or self.selects.selects)
 
     def attach(self, hooks: HookSet) -> None:
         """Put the hooks on."""
@@ -78,8 +87,8 @@ class DecoderEngine:
             hooks.before(layer, self._before_layer(number))
         self.taps.attach(hooks)
         self.selects.attach(hooks)
-        for bypass in self.pruner.method.bypasses:
-            self._attach_bypass(hooks, bypass)
+        self.bypasses.attach(hooks)
+        HeadAttention(self.layers, self.pruner).attach(hooks)
         for skip in self.pruner.method.layer_skips:
             hooks.wrap(self.layers[skip.layer], "forward", self._skipping(skip))
         hooks.after(self.layers[-1], self._after_last, first=True)
@@ -90,16 +99,16 @@ class DecoderEngine:
     def _before_layer(self, number: int) -> Callable[..., Any]:
         stages = self.stages.get(number, [])
         method = self.pruner.method
-        bypasses = [bypass for bypass in method.bypasses if bypass.layer == number]
-        attends = [attend for attend in method.attends if attend.layer == number]
+        attends = [attend for attend in method.attends if attend.layer == number and attend.keys is not None]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             session, cache = self.pruner.session, kwargs.get("past_key_values")
-            if number == 0 and (session is not None or self.pruner.method.layer_skips):
+            if number == 0 and (session is not None or method.follows_decoding):
                 self._enter(session, cache, kwargs, hidden)
             entry = self._entry(cache, number)
             if session is None:
+                self.bypasses.before_step(number, hidden)
                 if entry is None or (entry.keymap is None and entry.selection is None):
                     return None
                 kwargs = kwargs if entry.keymap is None else self._cut_decode(kwargs, entry, hidden)
@@ -113,21 +122,52 @@ class DecoderEngine:
                 hidden = hidden if shortened is None else shortened
             session.trace.decoder_lengths.append([session.length] * session.layout.num_rows)   # filler runs too
             self.selects.note(session, cache, number)
-            kwargs = self._cut_prefill(session, kwargs, entry, self._keys_left(session, bypasses, attends))
+            rows = None
+            if number in self.bypasses.prompt:
+                if self.bypasses.chooses_attention(number):
+                    self.taps.probe(session, lambda: self._cut_prefill(session, kwargs, entry, None, expect=False), entry, hidden, number)
+                rows = self.bypasses.choose(session, number, hidden, self._collector(session, number, kwargs, entry, hidden))
+                session.memo["collect", number] = self._collector(session, number + 1, kwargs, entry, hidden)      # for the MLP: behind the attention
+            active = self._keys_left(session, number, attends)
+            if rows is None:
+                kwargs = self._cut_prefill(session, kwargs, entry, active)
+            else:
+                kwargs = self._cut_rows(session, number, kwargs, entry, active, rows)
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         return hook
 
     def _enter(self, session: Session | None, cache: Any, kwargs: dict[str, Any], hidden: Tensor) -> None:
         """First layer: check the arguments, wrap the cache, note what came before."""
-        _sequence.check_aligned(kwargs, hidden.shape[1], type(self.layers[0]).__name__)
+        if session is not None or hidden.shape[1] > 1:
+            _sequence.check_aligned(kwargs, hidden.shape[1], type(self.layers[0]).__name__)
         _sequence.check_checkpointing(self.layers[0])
-        if cache is not None:
+        if cache is not None and (session is None or "idle" not in session.memo):
             wrap_cache(cache, len(self.layers))
+        if self.pruner.method.follows_decoding:
+            self._follow(session, cache, hidden)
         if session is not None:
             entry = self._entry(cache, 0)
             session.trace.past_length = 0 if entry is None else int(entry.length)
             session.trace.kv_element_bytes = hidden.element_size()
+
+    def _follow(self, session: Session | None, cache: Any, hidden: Tensor) -> None:
+        """Find the state of this generation, kept by its cache, and tell it that a call starts."""
+        first = self._entry(cache, 0)
+        state = None if first is None else first.state
+        if state is None:
+            state = GenerationState()
+        for number in range(len(self.layers)):
+            entry = self._entry(cache, number)
+            if entry is not None:
+                entry.state = state
+        position = 0 if first is None else first.length
+        state.begin("prefill" if session is not None or hidden.shape[1] > 1 or position == 0 else "decode", position)
+        if state.phase == "prefill":
+            state.trace = None if session is None else session.trace
+        elif state.trace is not None:
+            state.trace.decode_steps += 1
+        self.pruner.generation = state
 
     @staticmethod
     def _entry(cache: Any, number: int) -> PrunedLayer | None:
@@ -234,8 +274,8 @@ class DecoderEngine:
 
     @staticmethod
     def _whole_after(session: Session) -> int:
-        """Position after which every row is complete: behind the last visual token and the last padding."""
-        visual = max(int(item.positions[-1]) for item in session.layout.items)
+        """Position after which every row is complete: behind the last token that could leave and the last padding."""
+        visual = max((int(state.item.positions[-1]) for state in session.every()), default=-1)
         padding = torch.nonzero(~session.layout.valid_mask())[:, 1]
         return 1 + max(visual, int(padding.max()) if padding.numel() else -1)
 
@@ -315,53 +355,111 @@ class DecoderEngine:
 
     # skips
 
-    def _keys_left(self, session: Session, bypasses: list[Bypass], attends: list[Attend]) -> Tensor | None:
-        """(B, Lc) keys of this layer that may be seen, or ``None`` if all may; the rows that run are noted for the hooks below."""
+    def _keys_left(self, session: Session, number: int, attends: list[Attend]) -> Tensor | None:
+        """(B, Lc) keys of this layer that may be seen, or ``None`` if all may; the rows that run are noted for the parts."""
         active = None
-        if not (bypasses or attends):
-            return active
-        visual = session.layout.visual_mask().to(session.device)
-        visual = visual if session.index is None else torch.gather(visual, 1, session.index)
-        for bypass in bypasses:
-            runs = bypass.rows(visual)
-            session.signals["bypass", id(bypass)] = runs
+        for bypass, runs in self.bypasses.masks(session, number):
             if bypass.kv == "active_only" and bypass.part != "mlp":
                 active = runs if active is None else active & runs
         for attend in attends:
-            keys = attend.keys(visual)
+            assert attend.keys is not None
+            keys = attend.keys(session.mask_of(attend.tokens))
             active = keys if active is None else active & keys
         return active
 
-    def _attach_bypass(self, hooks: HookSet, bypass: Bypass) -> None:
-        layer = self.layers[bypass.layer]
+    def _cut_rows(
+        self, session: Session, number: int, kwargs: dict[str, Any], entry: PrunedLayer | None, active: Tensor | None, rows: Rows
+    ) -> dict[str, Any]:
+        """The layer's arguments for an attention that only some rows ask in."""
+        if rows.kv == "active_only" and rows.index is not None:
+            return self._cut_prefill(RowsOnly.of(session, rows), kwargs, entry, None if active is None else torch.gather(active, 1, rows.index))
+        past = 0 if entry is None else entry.length if entry.keymap is None else entry.keymap.entries(entry.length)
+        if self._asks_all(kwargs, session, rows):
+            rows.index = None
+            session.trace.queries.pop(number, None)
+        index = rows.index
+        if index is None and rows.kv == "active_only":
+            active = rows.mask if active is None else active & rows.mask
+        cut = self._cut_prefill(session, kwargs, entry, active)
+        if index is None:                                                # computed for all, thrown away where they do not run
+            return cut
+        rows.rotary = cut.get("position_embeddings")
+        cut = dict(cut)
+        if rows.rotary is not None:
+            cut["position_embeddings"] = tuple(_sequence.take_rows(part, index, -2) for part in rows.rotary)
+        if cut.get("position_ids") is not None:
+            cut["position_ids"] = _sequence.take_rows(cut["position_ids"], index, -1)
+        mask = cut.get("attention_mask")
+        if mask is None:
+            total = past + session.length if entry is None or entry.slots is None else entry.slots
+            limit = (past + index)[:, None, :, None] if self.causal else total
+            cut["attention_mask"] = torch.arange(total, device=index.device)[None, None, None, :] <= limit
+            if not self.causal:
+                cut["attention_mask"] = None
+        else:
+            cut["attention_mask"] = torch.gather(
+                mask.expand(index.shape[0], *mask.shape[1:]), 2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+            )
+        return cut
 
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            session = self.pruner.session
-            if session is None:
-                return None
-            first = output[0] if isinstance(output, tuple) else output
-            runs = session.signals["bypass", id(bypass)].to(first.device)[..., None]
-            first = torch.where(runs, first, torch.zeros((), dtype=first.dtype, device=first.device))  # residual + 0 is the residual
-            return (first, *output[1:]) if isinstance(output, tuple) else first
+    def _asks_all(self, kwargs: dict[str, Any], session: Session, rows: Rows) -> bool:
+        """Whether to let every row ask and throw some answers away, where that is better or the only way.
 
-        if bypass.part in ("attn", "block"):
-            hooks.after(attention_of(layer), hook)
-        if bypass.part in ("mlp", "block"):
-            hooks.after(layer.mlp, hook)  # type: ignore[arg-type]
+        A few rows among all keys need a mask, which costs twice the pairs of a causal kernel, and flash attention has none.
+        """
+        if rows.kv == "active_only" or rows.index is None:
+            return False
+        return rows.kv == "full" or "flash" in self.backend or (kwargs.get("attention_mask") is None and 2 * rows.index.shape[1] > session.length)
 
     def _skipping(self, skip: LayerSkip) -> Callable[..., Any]:
         def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
-            entry = self._entry(kwargs.get("past_key_values"), skip.layer)
-            position = 0 if entry is None else entry.length
-            phase = "prefill" if hidden.shape[1] > 1 or position == 0 else "decode"
-            step = 0 if entry is None or phase == "prefill" else entry.steps
-            if entry is not None:
-                entry.steps = 0 if phase == "prefill" else entry.steps + 1
-            if skip.run(phase, step, position):
+            cache = kwargs.get("past_key_values")
+            entry, state = self._entry(cache, skip.layer), self.pruner.generation
+            assert state is not None
+            if skip.run(state.phase, state.step, state.position):
+                if entry is not None and entry.missing:
+                    raise UnsupportedCallError(
+                        f"{self.pruner.method.name} let earlier tokens of this cache skip layer {skip.layer} and leave no keys there, and now the layer runs "
+                        "(a second turn, or a schedule that rises again): it would miss them. Start from a new cache, or choose kv='project_only' or "
+                        "'copy_prev_layer'."
+                    )
                 return original(*args, **kwargs)
-            if entry is not None:
+            if state.trace is not None and state.phase == "decode":
+                for part in ("attn", "mlp"):
+                    state.trace.decode_skipped[skip.layer, part] = state.trace.decode_skipped.get((skip.layer, part), 0.0) + 1.0
+            if entry is None:
+                return hidden
+            if skip.kv == "active_only":
                 entry.skip(hidden)
+            else:
+                layer: Any = self.layers[skip.layer]
+                fill_layer(cache, self.layers, skip.layer, layer.input_layernorm(hidden), kwargs.get("position_embeddings"), skip.kv)
             return hidden
 
         return forward
+
+
+class RowsOnly(Session):
+    """A prompt as one layer's attention sees it that runs on some rows alone: the others are as if they had left, for this layer."""
+
+    parent: Session
+    running: Rows
+
+    @classmethod
+    def of(cls, session: Session, rows: Rows) -> RowsOnly:
+        """A view; nothing of the session changes."""
+        assert rows.index is not None
+        assert rows.counts is not None
+        made = cls.__new__(cls)
+        vars(made).update(vars(session))
+        made.parent, made.running = session, rows
+        made.index = rows.index if session.index is None else torch.gather(session.index, 1, rows.index)
+        made.valid, made.lengths = rows.valid, list(rows.counts)
+        made.gone = [gone + before - now for gone, before, now in zip(session.gone, session.lengths, rows.counts, strict=True)]
+        return made
+
+    def key_bias(self) -> Tensor | None:
+        """Of the rows that are there."""
+        bias = self.parent.key_bias()
+        return None if bias is None or self.running.index is None else torch.gather(bias, 1, self.running.index)

@@ -64,7 +64,7 @@ class DecoderTaps:
         """A decoder signal (G, n, ...) or (G, T, ...) for the point at the input of layer ``number``; ``kwargs()`` are that layer's, cut."""
         if tap.kind in STATE_KINDS:
             return self._states(session, tap, group, hidden)
-        if tap.layer == number:                                          # has not run yet: its own norm and projections on the point's input
+        if tap.layer == number and ("probed", tap) not in session.memo:  # has not run yet: its own norm and projections on the point's input
             if tap.kind == "transition":
                 raise UnsupportedCallError(f"signal {tap} needs the layer to have run; ask for an earlier layer")
             layer = self.layers[tap.layer]
@@ -75,6 +75,21 @@ class DecoderTaps:
             return torch.stack([values[state.original] for values, state in zip(stored, group, strict=True)])
         most = max(values.shape[0] for values in stored)
         return torch.stack([torch.cat([values, values[-1:].expand(most - values.shape[0])]) for values in stored])
+
+    def probe(
+        self, session: Session, kwargs: Callable[[], dict[str, Any]], entry: PrunedLayer | None, hidden: Tensor, number: int
+    ) -> None:
+        """Before a layer whose attention runs on some rows only: look at what later choices want to know of it, as if all ran."""
+        taps = [tap for tap in self.first_use if tap.layer == number and tap.kind in (*ROW_KINDS, *KEY_KINDS)]
+        if not taps:
+            return
+        layer: Any = self.layers[number]
+        with torch.no_grad(), self.pruner.timed():
+            states = layer.input_layernorm(hidden)
+            for tap in taps:
+                for group in (group for tokens in self.pruner.tap_sets(tap) for group in session.groups(tokens)):
+                    self._store(session, tap, group, self._look(session, tap, group, attention_of(layer), states, kwargs(), entry, ran=False))
+                session.memo["probed", tap] = True
 
     def _states(self, session: Session, tap: Tap, group: list[ItemState], hidden: Tensor) -> Tensor:
         """Hidden states at the point, of the item or of the text after it, as they are or behind the decoder's final norm."""
@@ -108,12 +123,12 @@ class DecoderTaps:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             session = self.pruner.session
-            if session is None:
+            if session is None or ("probed", tap) in session.memo:
                 return
             states = args[0] if args else kwargs["hidden_states"]
             layers = getattr(kwargs.get("past_key_values"), "layers", None)
             entry = layers[tap.layer] if layers else None
-            for group in session.groups():
+            for group in (group for tokens in self.pruner.tap_sets(tap) for group in session.groups(tokens)):
                 values = self._look(session, tap, group, module, states, kwargs, entry, ran=True)
                 self._store(session, tap, group, values)
 
@@ -226,7 +241,7 @@ class DecoderTaps:
             if len(parts) < 2:
                 return
             both = torch.cat([parts[0], parts[3]], dim=-1)                               # (B, Lc, 6)
-            for group in session.groups():
+            for group in (group for tokens in self.pruner.tap_sets(tap) for group in session.groups(tokens)):
                 rows = torch.tensor([state.item.row for state in group]).to(both.device, non_blocking=True)
                 slots = torch.stack([state.slots for state in group])
                 self._store(session, tap, group, both[rows[:, None], slots])

@@ -33,7 +33,7 @@ from vlprune.adapters._vision import STATE_KINDS, signal
 from vlprune.errors import MissingSignalError, OptionError, UnsupportedCallError, UnsupportedModelError, UnsupportedPointError
 from vlprune.flops import TowerShape
 from vlprune.hooks import HookSet
-from vlprune.method import Stage
+from vlprune.method import Bypass, Stage
 from vlprune.protocols import Reduced, ScoreInputs, Selection, Tap, gather_tokens
 from vlprune.pruner import Collect, Cut, ItemState, Pruner, Session
 from vlprune.tokens import TokenLayout, VisualItem, raster_grid, square_grid
@@ -163,7 +163,7 @@ class VisionSession(Session):
         who = torch.searchsorted(ends, asked).clamp(max=ends.shape[1] - 1)
         return torch.cat([self.index[:, : self.prefix], torch.gather(self.index, 1, who + self.prefix)], dim=1)
 
-    def _inputs(self, stage: Stage, group: list[ItemState], hidden: Tensor, num_keep: int, collect: Collect) -> ScoreInputs:
+    def _inputs(self, stage: Stage | Bypass, group: list[ItemState], hidden: Tensor, num_keep: int, collect: Collect) -> ScoreInputs:
         grid = None
         if self.grid is not None:
             grid = gather_tokens(self.grid.expand(self.original.shape[0], -1, -1), self.original)

@@ -17,13 +17,14 @@ from torch.nn.functional import pad
 from vlprune.adapter import Adapter
 from vlprune.adapters._decoder import DecoderEngine
 from vlprune.adapters._decoder_taps import KEY_KINDS, ROW_KINDS, STATE_KINDS
+from vlprune.adapters._text_calls import is_prompt, refuse_pieces
 from vlprune.errors import UnsupportedCallError, UnsupportedPointError
 from vlprune.flops import TowerShape
 from vlprune.hooks import HookSet
 from vlprune.points import Point
 from vlprune.protocols import Tap
 from vlprune.pruner import SURVIVES, Pruner, Session
-from vlprune.tokens import TokenLayout, VisualItem, square_grid
+from vlprune.tokens import TOKEN_SETS, TokenLayout, VisualItem, square_grid
 from vlprune.trace import Trace
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -67,6 +68,7 @@ class VisionLanguageAdapter(Adapter):
     """Base of the families. Subclasses fill in `decoder`, `features_of` and the vision signals."""
 
     vision_signals: ClassVar[frozenset[str]] = frozenset()
+    token_sets = TOKEN_SETS
 
     @property
     def core(self) -> Any:
@@ -136,6 +138,8 @@ class VisionLanguageAdapter(Adapter):
         hooks.before(self.decoder, self._before_decoder)
         if any(tap.kind in ROW_KINDS for tap in pruner.taps("decoder")) and hasattr(self.model, "_get_candidate_generator"):
             hooks.wrap(self.model, "_get_candidate_generator", self._refuse_assistance)
+        if pruner.on_text:
+            refuse_pieces(hooks, self.model, pruner)
         engine.attach(hooks)
 
     def dimensions(self) -> dict[str, Any]:
@@ -196,9 +200,8 @@ class VisionLanguageAdapter(Adapter):
         pruner.session, pruner.call = None, None
         given = {**signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
         encoded = {k: v for k, v in (given.get("mm_encoder_outputs") or {}).items() if v is not None}
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        ids, embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), given.get("past_key_values")
         if not encoded and all(given.get(name) is None for name in PIXELS.values()):
-            cache = given.get("past_key_values")
             if ids is None and embeds is not None and (cache is None or int(cache.get_seq_length()) == 0):
                 raise UnsupportedCallError(
                     "a prompt given as inputs_embeds alone does not tell where its visual tokens are. Pass input_ids, or inputs_embeds with "
@@ -209,7 +212,9 @@ class VisionLanguageAdapter(Adapter):
                     "the prompt holds image or video placeholders, but no pixels and no encoded features came with it. Pass them in the same call; "
                     "chunked prefill does not (set generation_config.prefill_chunk_size=None)."
                 )
-            return
+            tokens = ids if ids is not None else embeds
+            if not pruner.on_text or tokens is None or not is_prompt(tokens.shape[1], cache):
+                return
         if given.get("output_attentions") or getattr(self.decoder.config, "output_attentions", False):
             raise UnsupportedCallError("output_attentions=True would return maps of different sizes by layer; remove the pruning to look at attention maps")
         call = Call({m: self._placeholder_mask(ids, embeds, number) for m, number in self.placeholders.items()}, torch.empty(0))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlprune.adapters._decoder_taps import attention_of
+from vlprune.adapters._structure import decoder_in, has_multimodal_rope, missing_in
 from vlprune.adapters._vlm import Features, VisionLanguageAdapter
 from vlprune.errors import UnsupportedModelError
 from vlprune.method import ModelFacts
@@ -48,30 +48,11 @@ class GeneralAdapter(VisionLanguageAdapter):
             missing.append("an image placeholder id (config.image_token_id)")
         if not hasattr(self.core, "get_image_features"):
             missing.append("get_image_features on the model or model.model")
-        layers = getattr(self._decoder, "layers", None)
-        if not isinstance(layers, nn.ModuleList) or not len(layers):
-            return [*missing, "a decoder with a list of layers (get_decoder().layers)"]
-        layer_types = set(getattr(self._decoder.config, "layer_types", None) or [])
-        strange = layer_types - {"full_attention", "sliding_attention", "chunked_attention"}
-        if strange:
-            missing.append(f"attention in every decoder layer (this one also has {', '.join(sorted(strange))})")
-        for name in ("input_layernorm", "mlp"):
-            if not isinstance(getattr(layers[0], name, None), nn.Module):
-                missing.append(f"{name} in {type(layers[0]).__name__}")
-        try:
-            attention_of(layers[0])
-        except UnsupportedModelError as error:
-            missing.append(str(error))
-        return missing
+        return [*missing, *missing_in(self._decoder)]
 
     @cached_property
     def _decoder(self) -> Any:
-        for owner in (self.core, self.model):
-            found = owner.get_decoder() if hasattr(owner, "get_decoder") else None
-            for candidate in (found, getattr(found, "model", None), getattr(owner, "language_model", None), getattr(owner, "text_model", None)):
-                if isinstance(getattr(candidate, "layers", None), nn.ModuleList):
-                    return candidate
-        return None
+        return decoder_in((self.core, self.model))
 
     @property
     def decoder(self) -> nn.Module:
@@ -81,9 +62,7 @@ class GeneralAdapter(VisionLanguageAdapter):
     @property
     def multimodal_rope(self) -> bool:
         """Whether the rotary ids have sections for time, height and width."""
-        rope = getattr(self.decoder.config, "rope_parameters", None) or {}
-        nested = rope.values() if isinstance(rope, dict) else ()
-        return "mrope_section" in rope or any(isinstance(part, dict) and "mrope_section" in part for part in nested)
+        return has_multimodal_rope(self.decoder)
 
     @property
     def facts(self) -> ModelFacts:

@@ -219,14 +219,18 @@ def test_a_video_method_on_a_picture_is_refused(photo: Path, tmp_path: Path) -> 
 
 def test_mistakes_about_models(photo: Path, tmp_path: Path) -> None:
     """Not there, not a model, not one that sees."""
-    from transformers import LlamaConfig
+    from transformers import BertConfig, LlamaConfig
 
     assert "no model folder" in mistake("demo", "--model", tmp_path / "none", "--image", photo)
     assert "no model" in mistake("inspect", "nobody/nothing")
     assert "no model" in mistake("inspect", tmp_path)
     LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64).save_pretrained(tmp_path / "llama")
     assert "'llama' model; the demo needs one that answers questions about pictures" in mistake("demo", "--model", tmp_path / "llama", "--image", photo)
-    assert "no adapter for LlamaModel" in mistake("inspect", tmp_path / "llama")
+    told = run("inspect", tmp_path / "llama")
+    assert told.exit_code == 0
+    assert "what is reduced is text" in told.output
+    BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64).save_pretrained(tmp_path / "bert")
+    assert "no adapter for BertModel" in mistake("inspect", tmp_path / "bert")
 
 
 def test_bench(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def cases(draw: Any) -> dict[str, Any]:
         for _ in range(draw(st.integers(0, 2))):
             row += [(modality, draw(st.integers(0, shapes - 1))), draw(st.integers(1, 4))]
         rows.append(row)
-    method = draw(st.sampled_from([m for m in vlprune.list_methods() if m != "dense" and vlprune.get_method(m).exact]))
+    method = draw(st.sampled_from([m for m in vlprune.list_methods("visual") if m != "dense" and vlprune.get_method(m).exact]))
     options: dict[str, Any] = dict(vlprune.get_method(method).test_options)
     if method in ("random", "uniform"):
         options["point"] = draw(st.sampled_from(["before_llm", "llm:0", "llm:1", "llm:3"]))

@@ -12,7 +12,7 @@ from tests.oracle import decoder_of, hidden_columns, masked_run, snapshot, tower
 from tests.tiny import IMAGE, VIDEO, TinyFamily, families
 from vlprune.errors import MissingSignalError, UnsupportedPointError
 
-METHODS = vlprune.list_methods()
+METHODS = vlprune.list_methods("visual")
 FAMILIES = sorted(families())
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-4}
 

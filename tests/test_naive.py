@@ -19,7 +19,7 @@ from vlprune.method import ModelFacts
 from vlprune.protocols import DECODER_KINDS, VISION_KINDS, ScoreInputs, Tap
 from vlprune.tokens import raster_grid
 
-METHODS = [name for name in vlprune.list_methods() if not vlprune.get_method(name).exact]
+METHODS = [name for name in vlprune.list_methods("visual") if not vlprune.get_method(name).exact]
 FACTS = ModelFacts(
     decoder_layers=12, vision_layers=8, feature_layer=6, global_vision_layers=tuple(range(8)), has_cls=True, signals=frozenset((*VISION_KINDS, *DECODER_KINDS))
 )

@@ -17,7 +17,7 @@ from vlprune.pruner import Session
 from vlprune.tokens import TokenLayout, VisualItem
 
 READS = {"_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "is_nonzero", "unique", "_unique2", "item"}
-METHODS = [name for name in vlprune.list_methods() if name != "dense" and not vlprune.get_method(name).adaptive]
+METHODS = [name for name in vlprune.list_methods("visual") if name != "dense" and not vlprune.get_method(name).adaptive]
 
 
 class Watch(TorchDispatchMode):

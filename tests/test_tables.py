@@ -29,7 +29,7 @@ def test_rows_are_the_cards() -> None:
     assert row("cls_attention")["video"] == "no"
     assert row("fastv") | {"what stays": ""} == {
         "name": "fastv", "what stays": "", "paper": "arXiv:2403.06764", "where": "llm:2", "signals": "last_row", "drop, merge or recycle": "drop",
-        "video": "yes", "text-aware": "yes", "keep": "0.5", "parity (cases)": tables.parity("fastv"),
+        "tokens": "visual", "video": "yes", "text-aware": "yes", "keep": "0.5", "parity (cases)": tables.parity("fastv"),
     }  # fmt: skip
     assert row("visionzip")["drop, merge or recycle"] == "merge"
     assert row("dense")["drop, merge or recycle"] == "-"

@@ -21,11 +21,13 @@ class Adapter(ABC):
 
     Attributes:
         name: of the family.
-        priority: adapters are asked in ascending order; the general one comes last.
+        priority: adapters are asked in ascending order; the general ones come last.
+        token_sets: which tokens of its models can be reduced (`vlprune.tokens.TOKEN_SETS`).
     """
 
     name: ClassVar[str] = ""
     priority: ClassVar[int] = 0
+    token_sets: ClassVar[tuple[str, ...]] = ("visual",)
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model

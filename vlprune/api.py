@@ -14,14 +14,16 @@ from torch import nn
 
 from vlprune.adapter import Adapter, find_adapter
 from vlprune.budget import Budget, Keep
-from vlprune.errors import AlreadyAppliedError, MissingSignalError, OptionError, UnsupportedPointError, unknown
+from vlprune.errors import AlreadyAppliedError, MissingSignalError, OptionError, UnsupportedModelError, UnsupportedPointError, unknown
 from vlprune.hooks import HookSet
-from vlprune.method import MethodCard, ModelFacts, PruningMethod, Stage
+from vlprune.method import Bypass, MethodCard, ModelFacts, PruningMethod, Stage
 from vlprune.plan import Plan, load_plan
-from vlprune.points import VisionMiddle
+from vlprune.points import LLMLayer, VisionMiddle
+from vlprune.protocols import ROW_SET_KINDS, TAP_KINDS
 from vlprune.pruner import Pruner
 from vlprune.registry import get_method
 from vlprune.report import Report, make_report
+from vlprune.skipping.nesting import check_nesting
 from vlprune.trace import Trace
 
 _APPLIED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PruneHandle]] = weakref.WeakKeyDictionary()
@@ -74,8 +76,11 @@ class PruneHandle:
 
     def __repr__(self) -> str:
         state = "applied" if self.is_applied else "removed"
-        labels = [*(stage.point.label for stage in self.method.stages), *(bypass.label for bypass in self.method.patch_bypasses)]
-        stages = ", ".join(labels) or "no stage"
+        method = self.method
+        choosing: tuple[Any, ...] = (*method.stages, *method.bypasses)
+        labels = [*(part.point.label for part in choosing), *(bypass.label for bypass in method.patch_bypasses)]
+        labels += [f"llm:{skip.layer}" for skip in method.layer_skips]
+        stages = ", ".join(labels if len(labels) < 7 else (*labels[:3], "...", labels[-1])) or "no stage"
         return f"<PruneHandle {self.method.name} on {type(self.model).__name__} at {stages}; {state}>"
 
 
@@ -150,7 +155,9 @@ def build_method(method: Any, facts: ModelFacts, keep: Any, options: dict[str, A
             raise OptionError(f"a PruningMethod is complete; it takes no options (given: {', '.join(options)})")
         if keep is not None:
             stages = tuple(replace(stage, budget=Budget(keep)) for stage in method.stages)
-            method = replace(method, stages=stages, patch_bypasses=tuple(replace(bypass, budget=Budget(keep)) for bypass in method.patch_bypasses))
+            rows = tuple(replace(b, budget=Budget(keep)) if b.budget is not None and b.budget.keep != 0 else b for b in method.bypasses)
+            patches = tuple(replace(bypass, budget=Budget(keep)) for bypass in method.patch_bypasses)
+            method = replace(method, stages=stages, bypasses=rows, patch_bypasses=patches)
         return method, keep, "any"
     if isinstance(method, (list, tuple)):
         return compose_methods(method, facts, keep, options)
@@ -168,8 +175,8 @@ def build_method(method: Any, facts: ModelFacts, keep: Any, options: dict[str, A
 def compose_methods(methods: Sequence[Any], facts: ModelFacts, keep: Any, options: dict[str, Any]) -> tuple[PruningMethod, Any, str]:
     """Several methods as one: their stages together, and what else they do.
 
-    Each gets its own ``keep`` from its options (``visionzip=dict(keep=0.5)``). A share given for all of them is what is left in the end: of n methods,
-    in the order of their first points, the i-th leaves ``keep ** (i / n)``. Without any, each has its default.
+    Each gets its own ``keep`` from its options (``visionzip=dict(keep=0.5)``). A share given for all of them is what is left in the end: of n methods
+    for the same tokens, in the order of their first points, the i-th leaves ``keep ** (i / n)``. Without any, each has its default.
     """
     names = [method if isinstance(method, str) else getattr(method, "name", "") for method in methods]
     if not methods:
@@ -185,14 +192,16 @@ def compose_methods(methods: Sequence[Any], facts: ModelFacts, keep: Any, option
             f"keep={keep!r} with several methods does not say how much each leaves. Give a share such as keep=0.1, or each its own number: "
             f"{names[0]}=dict(keep={2 * keep}), {names[-1]}=dict(keep={keep})"
         )
-    first = {}
+    first, sets = {}, {}
     for method, name in zip(methods, names, strict=True):
         built = build_method(method, facts, own[name].get("keep"), {key: value for key, value in own[name].items() if key != "keep"})[0]
+        sets[name] = built.token_sets
         first[name] = min(((stage.point.tower != "vision", stage.point.order) for stage in built.stages), default=(True, (0, 0)))
     order = sorted(names, key=lambda name: first[name])
     parts = []
     for method, name in zip(methods, names, strict=True):
-        share = keep ** ((order.index(name) + 1) / len(order)) if isinstance(keep, float) else keep
+        same = [other for other in order if sets[other] == sets[name]]   # methods for visual tokens and for text each have the whole share
+        share = keep ** ((same.index(name) + 1) / len(same)) if isinstance(keep, float) else keep
         given = own[name].pop("keep", None if isinstance(method, PruningMethod) else share)
         parts.append(build_method(method, facts, given, own[name]))
     modalities = {modality for _, _, modality in parts} - {"any"}
@@ -214,6 +223,8 @@ def compose_methods(methods: Sequence[Any], facts: ModelFacts, keep: Any, option
 def check_stages(method: PruningMethod, adapter: Adapter) -> None:
     """Every point must exist on this model and give the signals its stage looks at."""
     points = adapter.points()
+    _check_sets(method, adapter)
+    check_nesting(method.name, method.layer_skips)
     for bypass in method.patch_bypasses:
         able = adapter.bypass_layers()
         if bypass.layer not in able:
@@ -222,16 +233,43 @@ def check_stages(method: PruningMethod, adapter: Adapter) -> None:
     for guest in method.guests:
         if VisionMiddle(guest.layer).label not in points:
             raise UnsupportedPointError(f"{method.name} adds tokens to the attention of vision block {guest.layer}, which this {adapter.name} model cannot.")
+    parts: tuple[Any, ...] = (*method.bypasses, *method.layer_skips, *method.observes, *method.attends)
+    for part in parts:
+        if f"llm:{part.layer}" not in points:
+            raise UnsupportedPointError(f"{method.name} acts in decoder layer {part.layer}, which this {adapter.name} model does not have.")
+    for skip in method.bypasses:
+        offered = adapter.offers(LLMLayer(skip.layer + (skip.part == "mlp"))) & (ROW_SET_KINDS if skip.tokens != "visual" else frozenset(TAP_KINDS))
+        for tap in skip.needs:
+            _check_tap(method, adapter, skip, tap, offered)
     for stage in method.stages:
         label = stage.point.label
         if label not in points:
             raise UnsupportedPointError(f"{method.name} acts at {label}, which this {adapter.name} model does not have. Its points: {_ranges(points)}.")
-        offered = adapter.offers(stage.point)
+        offered = adapter.offers(stage.point) if stage.tokens == "visual" else adapter.offers(stage.point) & ROW_SET_KINDS
         for tap in stage.needs:
             _check_tap(method, adapter, stage, tap, offered)
 
 
-def _check_tap(method: PruningMethod, adapter: Adapter, stage: Stage, tap: Any, offered: frozenset[str]) -> None:
+def _check_sets(method: PruningMethod, adapter: Adapter) -> None:
+    """The model has the tokens that the method reduces, and it is known at every stage how many of them there are."""
+    for tokens in method.token_sets:
+        if tokens not in adapter.token_sets:
+            able = " or ".join(adapter.token_sets)
+            raise UnsupportedModelError(
+                f"{method.name} reduces {tokens} tokens, and vlprune reduces {able} tokens of this {adapter.name} model. Choose a method for these: "
+                "`vlprune methods` lists which tokens each reduces."
+            )
+    last: Stage | None = None
+    for stage in sorted((stage for stage in method.stages if stage.point.tower == "decoder"), key=lambda stage: stage.point.order):
+        if last is not None and stage.tokens != "all":
+            raise OptionError(
+                f"{method.name} chooses among {stage.tokens} tokens at {stage.point.label}, behind a choice among all tokens at {last.point.label}: how many "
+                "of them are left is in the data. Let the choice among all tokens come last."
+            )
+        last = stage if stage.tokens == "all" and not stage.budget.is_everything and stage.restore is None else last
+
+
+def _check_tap(method: PruningMethod, adapter: Adapter, stage: Stage | Bypass, tap: Any, offered: frozenset[str]) -> None:
     have = ", ".join(sorted(offered)) or "none"
     if tap.kind not in offered:
         raise MissingSignalError(
@@ -241,7 +279,8 @@ def _check_tap(method: PruningMethod, adapter: Adapter, stage: Stage, tap: Any, 
     depth = adapter.facts.vision_layers if tap.tower == "vision" else adapter.facts.decoder_layers
     if not 0 <= tap.layer < depth:
         raise OptionError(f"{method.name} reads {tap.kind} in {tap.tower} layer {tap.layer}, but there are layers 0 to {depth - 1}")
-    late = tap.tower == stage.point.tower and (tap.layer > stage.point.layer or (tap.layer == stage.point.layer and tap.kind == "transition"))
+    ready = stage.point.layer + (isinstance(stage, Bypass) and stage.part == "mlp")           # the MLP stands behind its layer's attention
+    late = tap.tower == stage.point.tower and (tap.layer > ready or (tap.layer >= stage.point.layer and tap.kind == "transition"))
     if late:
         raise MissingSignalError(f"{method.name} reads {tap.kind} of {tap.tower} layer {tap.layer}, which has not run when {stage.point.label} is reached")
 

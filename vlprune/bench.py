@@ -216,7 +216,7 @@ def run(
     if shape not in SHAPES:
         raise unknown("shape", shape, SHAPES)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    names = list(dict.fromkeys(["dense", "random", *(methods or vlprune.list_methods())]))
+    names = list(dict.fromkeys(["dense", "random", *(methods or vlprune.list_methods("visual"))]))
     cards = {name: vlprune.get_method(name) for name in names}
     rows: list[Row] = []
     for video in (False, True):

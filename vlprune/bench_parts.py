@@ -131,7 +131,7 @@ def run(
         raise unknown("shape", shape, SHAPES)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     small, found = shape == "tiny", Parts()
-    measure_methods(found, list(dict.fromkeys(["random", *(methods or vlprune.list_methods())])), keep, SHAPES[shape], rounds, device, progress)
+    measure_methods(found, list(dict.fromkeys(["random", *(methods or vlprune.list_methods("visual"))])), keep, SHAPES[shape], rounds, device, progress)
     found.greedy = greedy_rows(*(TINY_GREEDY if small else GREEDY_SIZE), min(rounds, 3), device, progress)
     found.columns = column_rows(SHAPES[shape], TINY_COLUMNS if small else COLUMN_SIZES, rounds, device, progress)
     return found

@@ -1,4 +1,4 @@
-"""The command line: ``vlprune demo``, ``vlprune methods``, ``vlprune inspect``, ``vlprune bench``, ``vlprune draw``, ``vlprune tune``."""
+"""The command line: ``vlprune demo``, ``vlprune methods``, ``vlprune inspect``, ``vlprune bench``, ``vlprune draw``, ``vlprune tune``, ``vlprune eval``."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def draw(
         from vlprune.loading import load_model
         from vlprune.registry import get_method, list_methods
 
-        names = list_methods() if methods == "all" else [name.strip() for name in methods.split(",")]
+        names = list_methods("visual") if methods == "all" else [name.strip() for name in methods.split(",")]
         for name in names:
             get_method(name)                                             # a wrong name is told before a model is loaded
         subject = job.subject(image, video, clip, frames)
@@ -235,6 +235,67 @@ def tune(
         says += f" ({plan.found['refused']} had no value)" if plan.found["refused"] else ""
         how = f"vlprune.apply(model, plan={str(out)!r})   # keep={plan.keep!r}, {dict(plan.options)!r}"
         console().print(f"{card.name} on {loaded.name}: {says}\n{how}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help="Folder or hub id of a vision-language model; or embedded, or embedded-video.")] = "embedded",
+    benchmarks: Annotated[str, typer.Option(help="Names with commas between; --list shows them.")] = "digits",
+    methods: Annotated[str, typer.Option(help="Names with commas between, or all. dense and random always run, and first.")] = "all",
+    keep: Annotated[str, typer.Option(help="Shares or numbers of visual tokens, with commas between.")] = "1/3,2/9,1/9",
+    frames: Annotated[int, typer.Option(help="Frames of a video, at most.", min=1)] = 8,
+    sampling: Annotated[str, typer.Option(help="Which frames: uniform, fps or keyframes.")] = "uniform",
+    fps: Annotated[float | None, typer.Option(help="Frames a second, for --sampling fps.")] = None,
+    resize: Annotated[int | None, typer.Option(help="Longest side of a frame in pixels.", min=16)] = None,
+    data: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER, NAME=hub:ID, or a folder with a folder for each benchmark.")] = None,
+    split: Annotated[str | None, typer.Option(help="Another split than the official one.")] = None,
+    out: Annotated[Path, typer.Option(help="The results folder. The same command goes on where it was stopped.")] = Path("out/eval"),
+    limit: Annotated[int | None, typer.Option(help="Samples of each benchmark at most; such results do not compare with full ones.", min=1)] = None,
+    draws: Annotated[int, typer.Option(help="Runs of random with different seeds.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Of samples that are made.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Samples asked at a time.", min=1)] = 1,
+    option: Annotated[list[str] | None, typer.Option(help="METHOD.KEY=VALUE, an option of a method.")] = None,
+    costs: Annotated[bool, typer.Option(help="Measure latency, throughput and memory, too.")] = True,
+    batches: Annotated[str, typer.Option(help="Batch sizes of the throughput; 1 is always among them.")] = "1,8,32",
+    gallery: Annotated[int, typer.Option(help="Samples of each benchmark shown on the page with what stayed.", min=0)] = 3,
+    retry: Annotated[bool, typer.Option("--retry", help="Ask samples again that failed.")] = False,
+    ray: Annotated[str | None, typer.Option(help="Spread the samples over a Ray cluster: local, auto, or an address.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Models in the cluster; one for each GPU, else two, if not given.", min=1)] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Allow code from the model's repository to run.")] = False,
+    show: Annotated[bool, typer.Option("--list", help="List the benchmarks and what they need.")] = False,
+) -> None:
+    """Evaluate methods on benchmarks against dense and random: tables, plots and a page. Goes on where it was stopped."""
+    with one_clear_line():
+        from vlprune.evals import command as job
+
+        if show:
+            table = Table(title="Benchmarks", title_justify="left", title_style="bold", pad_edge=False)
+            for name in ("name", "input", "needs", "source"):
+                table.add_column(name, overflow="fold", no_wrap=name == "name")
+            for row in job.rows_of_benchmarks():
+                table.add_row(*row)
+            console().print(table)
+            return
+        request = job.request_from(
+            model=model, benchmarks=benchmarks, methods=methods, keep=keep, frames=frames, sampling=sampling, fps=fps, resize=resize, data=data or [],
+            split=split, out=out, limit=limit, draws=draws, seed=seed, batch=batch, option=option or [], costs=costs, batches=batches, retry=retry,
+            dtype=dtype, device=device, trust_remote_code=trust_remote_code, gallery=gallery,
+        )  # fmt: skip
+        engine = None
+        if ray is not None:
+            from vlprune.evals.ray_engine import RayEngine
+
+            engine = RayEngine(request.plan, ray, workers)
+        try:
+            job.run(request, console(), engine)
+        except KeyboardInterrupt:
+            typer.echo("stopped; the same command goes on from here", err=True)
+            raise typer.Exit(130) from None
+        finally:
+            if engine is not None:
+                engine.close()
 
 
 def _bench_parts(names: list[str] | None, keep: float, shape: str, rounds: int, device: str | None, json: Path | None, markdown: Path | None) -> None:

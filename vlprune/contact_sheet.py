@@ -19,7 +19,7 @@ import torch
 from vlprune.api import apply
 from vlprune.demo import open_image
 from vlprune.draw import INK, PAPER, Key, _pillow, _rgb, _wrapped, paint_kept
-from vlprune.embedded_video import load_embedded_video
+from vlprune.embedded_video import load_llava_video
 from vlprune.errors import OptionError, VlpruneError
 from vlprune.fitting import Fit, fitting, reason
 from vlprune.loading import Loaded, load_embedded
@@ -116,7 +116,7 @@ def subject(image: Path | None, video: Path | None, clip: bool, frames: int) -> 
 
 def embedded(given: Subject) -> Loaded:
     """The embedded model, for pictures or for videos."""
-    return load_embedded_video() if given.captions else load_embedded()
+    return load_llava_video() if given.captions else load_embedded()
 
 
 def draw_sheet(

@@ -279,7 +279,7 @@ def _clip(path: Path, digits: Any) -> tuple[Clip, list[str]]:
 
 def _draw(outcome: Outcome, loaded: Loaded, inputs: dict[str, Any], pictures: Sequence[Any], path: Path, captions: Sequence[str] | None = None) -> None:
     """Save what stayed; nothing where nothing was pruned."""
-    records = outcome.report.points
+    records = [record for record in outcome.report.points if record.tokens == "visual"]
     if not records or any(item.grid is None for item in records[-1].items):
         return
     shown = [loaded.seen(picture, inputs) for picture in pictures]

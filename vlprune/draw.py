@@ -151,7 +151,7 @@ def _pillow() -> tuple[Any, Any, Any]:
 
 def _records(record: Any) -> list[PointRecord]:
     found = getattr(record, "points", record)
-    records = [found] if isinstance(found, PointRecord) else list(found or [])
+    records = [one for one in ([found] if isinstance(found, PointRecord) else list(found or [])) if one.tokens == "visual"]
     if not records:
         raise OptionError("there is no pruning point to draw: run the model on a picture first, with a method that prunes (not 'dense', not keep=1.0)")
     return records

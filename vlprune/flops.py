@@ -38,6 +38,13 @@ class TowerShape:
         projections = 2 * self.width * inner + 2 * self.width * self.kv_heads * self.head_dim
         return 2.0 * tokens * projections + self.mlp_flops(tokens) + 4.0 * pairs * inner
 
+    def partial_flops(self, queries: int, keys: int, mlp: int, past: int = 0) -> float:
+        """FLOPs of one causal block where ``queries`` of the tokens ask, spread evenly among ``keys`` that have keys, and ``mlp`` run through the MLP."""
+        inner = self.heads * self.head_dim
+        pairs = queries * ((keys + 1) / 2 + past)
+        projections = 2.0 * self.width * (queries * 2 * inner + keys * 2 * self.kv_heads * self.head_dim)
+        return projections + self.mlp_flops(mlp) + 4.0 * pairs * inner
+
     def mlp_flops(self, tokens: int) -> float:
         """FLOPs of one block's MLP for ``tokens``."""
         return 2.0 * tokens * (3 if self.gated else 2) * self.width * self.hidden

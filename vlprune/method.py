@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from vlprune.budget import Budget, Keep
 from vlprune.errors import OptionError
-from vlprune.points import Point
-from vlprune.protocols import Reducer, ScoreInputs, Scorer, Selector, Tap
+from vlprune.points import LLMPart, Point
+from vlprune.protocols import HeadChoice, HeadInputs, Reducer, ScoreInputs, Scorer, Selector, Step, Tap
+from vlprune.tokens import TOKEN_SETS
 
+PARTS = ("attn", "mlp", "block")
+KV_POLICIES = ("full", "active_only", "project_only", "copy_prev_layer")
+PHASES = ("prefill", "decode", "both")
 #: ``(inputs) -> (B,) bool``: whether a stage acts on each item. Reading it costs one host sync, so only adaptive methods have one.
 Gate = Callable[[ScoreInputs], Tensor]
 
@@ -45,6 +49,10 @@ class Stage:
         training: ``True``: acts only while the block at the point is in training mode; ``False``: only in evaluation; ``None``: always.
             For vision points.
         video: for vision points of methods for videos.
+        tokens: the set of tokens to choose from, in prefill: ``"visual"``, image by image or video by video; ``"text"``, what is neither visual nor
+            padding, row by row; ``"all"``, both. Of the last two, budgets count the row's tokens of the set, and a number above that is all of them.
+        protect: for ``"text"`` and ``"all"``: how many of the first and of the last text tokens of a row always stay. They count in the budget, but
+            scorers do not see them. Of several parts of a method the largest numbers hold for all.
     """
 
     point: Point
@@ -57,8 +65,13 @@ class Stage:
     restore: int | None = None
     training: bool | None = None
     video: VideoDrop | None = None
+    tokens: str = "visual"
+    protect: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
+        check_tokens(self.tokens)
+        if self.tokens != "visual" and (self.point.tower != "decoder" or self.gate is not None or self.protect[1] < 1):
+            raise OptionError(f"a stage for {self.tokens} tokens acts in the decoder, without a gate, and keeps the last token (protect=(first, last from 1))")
         if self.video is not None and (self.point.tower != "vision" or self.point.order != (self.point.layer, 0)):
             raise OptionError(f"a stage over the frames inside a vision tower acts at the input of its blocks, not at {self.point.label}")
         if self.training is not None and self.point.tower != "vision":
@@ -70,23 +83,75 @@ class Stage:
         return tuple(dict.fromkeys((*self.scorer.needs, *self.selector.needs, *getattr(self.reducer, "needs", ()), *self.gate_needs)))
 
 
+def check_tokens(tokens: str) -> None:
+    """A set of tokens that exists."""
+    if tokens not in TOKEN_SETS:
+        raise OptionError(f"tokens={tokens!r}: one of {', '.join(map(repr, TOKEN_SETS))}")
+
+
 @dataclass(frozen=True)
 class Bypass:
     """Some rows run through a part of a decoder block, the others keep their residual.
 
+    In a prompt, which rows run is said in one of two ways. With ``budget`` the best of each item run, and so does every row that is in no item (other
+    tokens, protected ones): their number is known before the data, so the part really runs on fewer rows. With ``rows`` a mask says it; then all rows are
+    computed and the results of the others thrown away.
+
     Attributes:
         layer: 0-based decoder layer.
         part: ``"attn"``, ``"mlp"`` or ``"block"``.
-        rows: ``(visual (B, L) bool) -> (B, L) bool``, true where the row *runs*. Applied in prefill.
-        kv: what the bypassed rows leave in the layer's keys and values. ``"full"`` and ``"project_only"``: keys and values
-            projected from their residual (the same numbers; both compute the attention of all rows today).
-            ``"active_only"``: nothing, so later tokens do not see them in this layer.
+        rows: ``(mask of the token set (B, L) bool) -> (B, L) bool``, true where the row *runs*; ``None`` where there is a budget.
+        kv: what the bypassed rows leave in the layer's keys and values. ``"full"`` and ``"project_only"``: keys and values projected from their
+            residual (the same numbers; with a budget the second computes no queries for them). ``"active_only"``: nothing, so later tokens do not
+            see them in this layer, and with a budget the cache holds only the others. ``"copy_prev_layer"``: the keys and values that the
+            layer below holds for them.
+        tokens, protect: as in `Stage`; budgets count the tokens of each item.
+        phase: ``"prefill"``, ``"decode"`` or ``"both"``. Generated tokens are bypassed in the last two as ``decode`` says.
+        budget, scorer, selector: how many of an item's tokens run, and which. Scorers see the input of the block (``"attn"``, ``"block"``), or what the
+            MLP is given (``"mlp"``). 0 with ``Budget(0, allow_zero=True)``: none of them.
+        decode: ``(Step) -> bool or a list of B bools`` on the host: whether the new token of the batch, or of each row, runs; ``None``: never.
     """
 
     layer: int
     part: str
-    rows: Callable[[Tensor], Tensor]
+    rows: Callable[[Tensor], Tensor] | None = None
     kv: str = "full"
+    tokens: str = "visual"
+    protect: tuple[int, int] = (0, 1)
+    phase: str = "prefill"
+    budget: Budget | None = None
+    scorer: Scorer | None = None
+    selector: Selector | None = None
+    decode: Callable[[Step], bool | Sequence[bool]] | None = None
+
+    def __post_init__(self) -> None:
+        check_tokens(self.tokens)
+        for name, given, known in (("part", self.part, PARTS), ("kv", self.kv, KV_POLICIES), ("phase", self.phase, PHASES)):
+            if given not in known:
+                raise OptionError(f"{name}={given!r}: one of {', '.join(map(repr, known))}")
+        if self.phase != "decode" and (self.rows is None) == (self.budget is None):
+            raise OptionError("a bypass in prompts needs either rows, a mask, or a budget with a scorer")
+        if self.budget is not None and self.scorer is None and self.budget.keep != 0:
+            raise OptionError("a bypass with a budget needs a scorer, unless the budget is 0")
+        if self.kv == "copy_prev_layer" and (self.layer == 0 or self.part == "mlp"):
+            raise OptionError(f"kv='copy_prev_layer' in the {self.part} of layer {self.layer}: there has to be a layer below, and attention that is bypassed")
+
+    gate: ClassVar[None] = None
+
+    @property
+    def point(self) -> Point:
+        """Where it chooses."""
+        return LLMPart(self.layer, part=self.part)
+
+    @property
+    def needs(self) -> tuple[Tap, ...]:
+        """Signals that its scorer and selector look at."""
+        return tuple(dict.fromkeys(tap for part in (self.scorer, self.selector) if part is not None for tap in part.needs))
+
+    @property
+    def in_prompts(self) -> bool:
+        """Whether it does anything in a prompt."""
+        return self.phase != "decode" and not (self.budget is not None and self.budget.is_everything)
 
 
 @dataclass(frozen=True)
@@ -131,26 +196,74 @@ class Attend:
 
     Attributes:
         layer: 0-based decoder layer.
-        keys: ``(visual (B, L) bool) -> (B, L) bool``, true where a key may be seen, now and in later steps. Applied in prefill.
+        keys: ``(mask of the token set (B, L) bool) -> (B, L) bool``, true where a key may be seen, now and in later steps. Applied in prefill.
+        tokens: the token set, as in `Stage`.
+        choose: ``(HeadInputs) -> HeadChoice``, or ``None`` for everything: which keys each head sees, and which queries it asks with, in this call
+            alone; the cache keeps all keys. Instead of ``keys``.
+        phase: when ``choose`` is asked: ``"prefill"``, ``"decode"`` or ``"both"``. Steps of several new tokens without a prompt count as prefill.
     """
 
     layer: int
-    keys: Callable[[Tensor], Tensor]
+    keys: Callable[[Tensor], Tensor] | None = None
+    tokens: str = "visual"
+    choose: Callable[[HeadInputs], HeadChoice | None] | None = None
+    phase: str = "prefill"
+
+    def __post_init__(self) -> None:
+        check_tokens(self.tokens)
+        if self.phase not in PHASES:
+            raise OptionError(f"phase={self.phase!r}: one of {', '.join(map(repr, PHASES))}")
+        if (self.keys is None) == (self.choose is None):
+            raise OptionError("attention over a selection needs either keys, a mask, or choose, head by head")
 
 
 @dataclass(frozen=True)
 class LayerSkip:
-    """Run or skip a whole decoder layer: ``run(phase, step, position) -> bool`` with phase ``"prefill"`` or ``"decode"``."""
+    """Run or skip a whole decoder layer, for every row of the batch.
+
+    A token that skips the layer leaves in its cache what ``kv`` says (see `Bypass`). With ``"active_only"``, nothing, a later token that runs the layer
+    would miss keys: that is an error, when the method is put on (for ``horizon`` steps after prompts of some lengths) and when it happens, as in a later
+    turn on the same cache.
+
+    Attributes:
+        layer: 0-based decoder layer.
+        run: ``(phase, step, position) -> bool``; phase is ``"prefill"`` or ``"decode"``, step counts decoded tokens from 0, position is the number of
+            tokens before this call.
+        kv: ``"active_only"``, ``"project_only"`` or ``"copy_prev_layer"``.
+        horizon: number of decoding steps after which ``run`` does not change.
+    """
 
     layer: int
     run: Callable[[str, int, int], bool]
+    kv: str = "active_only"
+    horizon: int = 256
+
+    def __post_init__(self) -> None:
+        if self.kv not in KV_POLICIES[1:]:
+            raise OptionError(f"kv={self.kv!r} of a layer that is skipped: one of {', '.join(map(repr, KV_POLICIES[1:]))}")
+        if self.kv == "copy_prev_layer" and self.layer == 0:
+            raise OptionError("kv='copy_prev_layer' in layer 0: there is no layer below")
+
+
+@dataclass(frozen=True)
+class Observe:
+    """Look at what a layer did while decoding, to decide about later layers or steps.
+
+    Attributes:
+        layer: 0-based decoder layer.
+        see: called behind the layer, whenever its MLP ran for some row, with a `Step` whose ``states`` is the residual before the MLP and ``after`` the
+            one behind it; ``ran`` says for which rows. Reading a tensor on the host costs a sync.
+    """
+
+    layer: int
+    see: Callable[[Step], None]
 
 
 @dataclass(frozen=True)
 class DecodeSelect:
-    """While decoding, attend to some of the visual keys only, chosen anew at every step; the cache keeps them all.
+    """While decoding, attend to some of the visual (or text) keys only, chosen anew at every step; the cache keeps them all.
 
-    Steps with one new token and no new visual ones. Text and generated tokens are always seen.
+    Steps with one new token and no new visual ones. Tokens that are not in the set, protected and generated ones are always seen.
 
     Attributes:
         layer: 0-based decoder layer from which on (up to the next ``DecodeSelect``) the selection is seen instead of everything.
@@ -158,6 +271,7 @@ class DecodeSelect:
         reads: earlier layer whose head-mean attention of the new token onto the visual keys is looked at.
         reuse: the last selection stays while the cosine with the step before is at least this; ``None``: choose at every step.
         choose: ``(attention (B, n), most) -> (B, most)``, best first, or ``None`` for the largest. Keys that a row does not have hold ``-inf``.
+        tokens, protect: as in `Stage`; below "visual" keys stands for the keys of this set.
     """
 
     layer: int
@@ -165,6 +279,8 @@ class DecodeSelect:
     reads: int
     reuse: float | None = None
     choose: Callable[[Tensor, int], Tensor] | None = None
+    tokens: str = "visual"
+    protect: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -176,6 +292,7 @@ class PruningMethod:
         stages: in any order; they act in the order of their points.
         positions: the method's own position policy, ``"preserve"`` or ``"renumber"``; the user's choice wins.
         bypasses, attends, layer_skips: rows, keys and layers that are skipped rather than dropped.
+        observes: what is looked at while decoding.
         size_bias: attention counts a merged token by its size (log of the size on its key).
         decode_selects: which visual keys are looked at while decoding.
         patch_bypasses: which patches run through the MLPs of vision blocks.
@@ -192,6 +309,29 @@ class PruningMethod:
     decode_selects: tuple[DecodeSelect, ...] = ()
     patch_bypasses: tuple[PatchBypass, ...] = ()
     guests: tuple[Guests, ...] = ()
+    observes: tuple[Observe, ...] = ()
+
+    @property
+    def token_sets(self) -> tuple[str, ...]:
+        """Sets of tokens that its parts look at; stages that keep everything not counted."""
+        found = [stage.tokens for stage in self.stages if not stage.budget.is_everything]
+        found += [part.tokens for part in self.bypasses if part.in_prompts]
+        others: tuple[Any, ...] = (*self.attends, *self.decode_selects)
+        found += [part.tokens for part in others]
+        found += ["visual"] if self.patch_bypasses or self.guests else []
+        return tuple(tokens for tokens in TOKEN_SETS if tokens in found)
+
+    @property
+    def protects(self) -> tuple[tuple[int, int], ...]:
+        """How many first and last text tokens each part that chooses from rows protects."""
+        parts: tuple[Any, ...] = (*self.stages, *self.bypasses, *self.decode_selects)
+        return tuple(part.protect for part in parts if part.tokens != "visual")
+
+    @property
+    def follows_decoding(self) -> bool:
+        """Whether it acts by the step of a generation, so that a `GenerationState` is kept for it."""
+        parts: tuple[Any, ...] = (*self.bypasses, *self.attends)
+        return bool(self.layer_skips or self.observes or any(part.phase != "prefill" for part in parts))
 
 
 @dataclass(frozen=True)
@@ -204,6 +344,7 @@ class ModelFacts:
         global_vision_layers: vision blocks in which every token sees its whole image (others see a window).
         has_cls: whether the vision tower carries a CLS token.
         signals: kinds that can be tapped.
+        token_sets: what a prompt can hold, ``"visual"`` among it for models that see.
     """
 
     decoder_layers: int = 0
@@ -212,6 +353,12 @@ class ModelFacts:
     global_vision_layers: tuple[int, ...] = ()
     has_cls: bool = False
     signals: frozenset[str] = frozenset()
+    token_sets: tuple[str, ...] = TOKEN_SETS
+
+    @property
+    def own_set(self) -> str:
+        """``"visual"`` where the model sees, else ``"text"``."""
+        return "visual" if "visual" in self.token_sets else "text"
 
     def nearest_global(self, layer: int) -> int:
         """The vision block closest to ``layer`` (0-based) with attention over the whole image; the earlier one on a tie."""
@@ -231,6 +378,7 @@ class MethodCard:
         adaptive: the number kept depends on the data.
         equivariant: permuting the tokens permutes the choice (false for baselines that look at places only).
         default_keep: used when the user gives none.
+        tokens: which tokens it reduces: ``"visual"``, ``"text"`` or ``"all"``. The last two also serve models and prompts without pictures.
         golden: folders under ``golden/`` with the authors' numbers.
         search: ``search(facts, keep, suggest) -> (keep, options)`` for `vlprune.tune`: draws each number with ``suggest(name, low, high)``;
             ``None`` where these numbers cannot meet ``keep``.
@@ -252,4 +400,5 @@ class MethodCard:
     default_keep: Keep | tuple[float, ...] = 1 / 3
     golden: tuple[str, ...] = ()
     test_options: Mapping[str, Any] = field(default_factory=dict)
+    tokens: str = "visual"
     search: Callable[[ModelFacts, float, Callable[[str, float, float], float]], tuple[Any, dict[str, Any]] | None] | None = None

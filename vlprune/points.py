@@ -85,6 +85,24 @@ class LLMLayer(Point):
 
 
 @dataclass(frozen=True)
+class LLMPart(Point):
+    """Where the rows of a part of decoder layer ``layer`` are chosen: ``"attn"``, ``"mlp"`` or ``"block"``. No stage acts here."""
+
+    tower: str = "decoder"
+    part: str = "block"
+
+    @property
+    def label(self) -> str:
+        """``"llm:3.mlp"``."""
+        return f"llm:{self.layer}.{self.part}"
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """The MLP comes behind what is at the input of the layer."""
+        return self.layer, int(self.part == "mlp")
+
+
+@dataclass(frozen=True)
 class BeforeLLM(Point):
     """After the visual features were scattered into the embeddings, before decoder layer 0."""
 

@@ -48,6 +48,8 @@ DECODER_KINDS: dict[str, str] = {
     "text_key_l1": "(T,) L1 norm of the rotated keys of all heads",
 }
 TAP_KINDS = (*VISION_KINDS, *DECODER_KINDS)
+#: Signals that stages for ``"text"`` and ``"all"`` tokens can ask for; an item is then a row, and N counts its tokens without the protected ones.
+ROW_SET_KINDS = frozenset({"last_row", "transition", "key_l1", "normed"})
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class ScoreInputs:
         grid: (B, N, 3) frame, row, column, or ``None`` where the model has no grid.
         original: (B, N) each token's number within its item before any reduction.
         num_original: number of tokens of each item before any reduction.
-        modality: ``"image"``, ``"video"`` (or ``"text"``).
+        modality: ``"image"``, ``"video"``; ``"text"`` or ``"all"`` where the item is the text, or all, of a row (`Stage.tokens`).
         signals: the tensors asked for, keyed by tap; (B, N) or (B, N, C), float32; ``text_*`` signals (B, T) or (B, T, C).
         sizes: (B, N) how many original tokens each token stands for, or ``None`` if one each.
         text_valid: (B, T) which entries of ``text_*`` signals are text tokens after the item, others are filler; ``None`` if none were asked for.
@@ -192,6 +194,111 @@ class Reducer(Protocol):
     def __call__(self, inputs: ScoreInputs, selection: Selection) -> Reduced:
         """New features of the kept tokens."""
         ...
+
+
+class GenerationState:
+    """What policies remember of one generation. It belongs to the cache object: interleaved generations do not see each other's, and beams take it along.
+
+    Attributes:
+        phase: ``"prefill"`` or ``"decode"``, of the call that runs now.
+        step: decoded tokens before this one, since the last prompt; 0 in prompts.
+        position: tokens before this call.
+        turn: prompts before this one on the same cache.
+        values: yours. Tensors have a leading batch dimension and follow the beams; other things are shared by them.
+        scratch: yours, emptied at every call: decisions of this step.
+    """
+
+    def __init__(self) -> None:
+        self.phase, self.step, self.position, self.turn = "prefill", 0, 0, -1
+        self.values: dict[str, Any] = {}
+        self.scratch: dict[Any, Any] = {}
+        self.trace: Any = None
+        self._steps = 0
+        self._last: tuple[Any, GenerationState] | None = None
+
+    def begin(self, phase: str, position: int) -> None:
+        """A call of the model starts."""
+        self.phase, self.position, self.scratch = phase, position, {}
+        self.step = 0 if phase == "prefill" else self._steps
+        self._steps = 0 if phase == "prefill" else self._steps + 1
+        self.turn += phase == "prefill"
+
+    def rows(self, index: Tensor) -> GenerationState:
+        """The state of other batch rows (beams); asked with the same tensor by every layer, answered once."""
+        return self._once(index, lambda value: value[index.to(value.device)])
+
+    def repeat(self, repeats: int) -> GenerationState:
+        """The state with every row repeated; asked by every layer, answered once."""
+        return self._once(repeats, lambda value: value.repeat_interleave(repeats, dim=0))
+
+    def _once(self, key: Any, pick: Callable[[Tensor], Tensor]) -> GenerationState:
+        if self._last is None or self._last[0] is not key:
+            made = GenerationState()
+            vars(made).update({name: value for name, value in vars(self).items() if name != "_last"})
+            made.values = {name: pick(value) if isinstance(value, Tensor) else value for name, value in self.values.items()}
+            self._last = (key, made)
+        return self._last[1]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a policy sees of a decoding step.
+
+    Attributes:
+        layer: 0-based decoder layer. part: ``"attn"``, ``"mlp"`` or ``"block"``.
+        states: (B, Q, D) hidden states at the input of the part; of the MLP, what it is given. Q is 1 unless several tokens come at once.
+        state: of the generation.
+        after: behind an `vlprune.method.Observe`, hidden states behind the layer. ran: there, which rows ran, on the host; ``None``: all of them.
+    """
+
+    layer: int
+    part: str
+    states: Tensor
+    state: GenerationState
+    after: Tensor | None = None
+    ran: tuple[bool, ...] | None = None
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """What a choice of keys head by head looks at: one layer's attention, rotated, the cache's keys included.
+
+    Attributes:
+        layer: 0-based decoder layer. phase: ``"prefill"`` or ``"decode"``.
+        queries: (B, H, Q, d). keys, values: (B, Hkv, S, d), earlier entries first; query i stands at entry S - Q + i (growing caches).
+        mask: (B, 1, Q, S) bool or additive, or ``None``: causal.
+        scale: on the logits.
+        tokens: in prompts, (B, Q) which of the new entries are in the token set of the `vlprune.method.Attend`; ``None`` while decoding.
+        real: in prompts, (B, Q) which of the new entries are neither padding nor filler.
+        state: of the generation; ``None`` where the method has nothing that follows decoding, or there is no cache.
+    """
+
+    layer: int
+    phase: str
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+    scale: float
+    tokens: Tensor | None = None
+    real: Tensor | None = None
+    state: GenerationState | None = None
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """What each head attends to.
+
+    Attributes:
+        keys: (B, H, K) int64, ascending: entries that a head sees; ``None``: all.
+        queries: (B, H, R) int64, ascending: new tokens that a head asks with, the others get nothing from it; ``None``: all. The same tensor as ``keys``
+            says that both are chosen alike; in a prompt without padding attention is then causal among them, and no mask is built.
+        seen: bool, broadcast to (B, H, R, K): pairs that may be seen at all, besides what the model's mask allows; ``None``: all.
+    """
+
+    keys: Tensor | None = None
+    queries: Tensor | None = None
+    seen: Tensor | None = None
 
 
 def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:

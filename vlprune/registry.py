@@ -47,9 +47,9 @@ def unregister(name: str) -> None:
     del _EXTRA[name]
 
 
-def list_methods() -> list[str]:
-    """Names of all methods, baselines first."""
-    names = [*_builtin(), *_EXTRA]
+def list_methods(tokens: str | None = None) -> list[str]:
+    """Names of all methods, baselines first; ``tokens``: only those that reduce that set (``"visual"``, ``"text"`` or ``"all"``)."""
+    names = [name for name, card in {**_builtin(), **_EXTRA}.items() if tokens in (None, card.tokens)]
     return sorted(names, key=lambda name: (name not in ("dense", "random", "uniform"), name))
 
 

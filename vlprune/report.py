@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vlprune.flops import TowerShape, stack_flops, stack_kv_bytes
@@ -21,6 +21,9 @@ class Report:
         kv_bytes_dense, kv_bytes_pruned: bytes of the key-value cache after prefill.
         parts: the same FLOPs split into ``vision_dense``, ``vision``, ``scorer``, ``decoder_dense``, ``decoder``.
             Every vision block counts as if each token saw its whole picture, windows included.
+        bypasses: records of rows that ran through a part of a layer while the others kept their residual; point ``"llm:3.attn"`` or so.
+        decoding: of the steps after the prompt, as far as a method acts in them: ``steps``, and the shares of attention and MLP calls that were
+            skipped, ``attn_skipped`` and ``mlp_skipped``.
     """
 
     method: str
@@ -31,6 +34,8 @@ class Report:
     kv_bytes_dense: int
     kv_bytes_pruned: int
     parts: dict[str, float]
+    bypasses: list[PointRecord] = field(default_factory=list)
+    decoding: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, ready for JSON."""
@@ -41,6 +46,7 @@ class Report:
                 {
                     "point": record.point,
                     "method": record.method,
+                    "tokens": record.tokens,
                     "visual_before": record.visual_before,
                     "visual_kept": record.visual_kept,
                     "keep_indices": [indices.tolist() for indices in record.keep_indices],
@@ -52,18 +58,33 @@ class Report:
             "kv_bytes_dense": self.kv_bytes_dense,
             "kv_bytes_pruned": self.kv_bytes_pruned,
             "parts": self.parts,
+            "bypasses": [
+                {"point": record.point, "tokens": record.tokens, "before": record.visual_before, "run": record.visual_kept} for record in self.bypasses
+            ],
+            "decoding": self.decoding,
         }
 
     def __str__(self) -> str:
         keep = f", keep={self.keep:.4g}" if isinstance(self.keep, float) else f", keep={self.keep}" if self.keep is not None else ""
         lines = [f"vlprune report: {self.method}{keep}"]
-        if not self.points:
+        if not self.points and not self.bypasses and not self.decoding:
             lines.append("  no pruning point was passed (no visual tokens in the last call, or nothing to prune)")
             return "\n".join(lines)
-        lines.append(f"  {'point':<12}{'method':<12}{'before':>8}{'kept':>8}{'share':>8}")
+        several = any(record.tokens != "visual" for record in self.points)   # then say which tokens each line counts
+        if self.points:
+            lines.append(f"  {'point':<12}{'method':<12}{'tokens  ' if several else ''}{'before':>8}{'kept':>8}{'share':>8}")
         for record in self.points:
             share = record.visual_kept / max(record.visual_before, 1)
-            lines.append(f"  {record.point:<12}{record.method:<12}{record.visual_before:>8}{record.visual_kept:>8}{share:>8.1%}")
+            tokens = f"{record.tokens:<8}" if several else ""
+            lines.append(f"  {record.point:<12}{record.method:<12}{tokens}{record.visual_before:>8}{record.visual_kept:>8}{share:>8.1%}")
+        if self.bypasses:
+            lines.append(f"  {'part':<12}{'method':<12}{'tokens':<8}{'there':>8}{'run':>8}{'share':>8}")
+        for record in self.bypasses:
+            share = record.visual_kept / max(record.visual_before, 1)
+            lines.append(f"  {record.point:<12}{record.method:<12}{record.tokens:<8}{record.visual_before:>8}{record.visual_kept:>8}{share:>8.1%}")
+        if self.decoding:
+            attn, mlp = self.decoding["attn_skipped"], self.decoding["mlp_skipped"]
+            lines.append(f"  {self.decoding['steps']:.0f} decoding steps skipped {attn:.1%} of attention and {mlp:.1%} of MLP calls")
         if self.flops_dense:
             lines.append(f"  prefill FLOPs  {_si(self.flops_dense)} -> {_si(self.flops_pruned)}  ({self.flops_pruned / self.flops_dense:.1%} of dense)")
         if self.kv_bytes_dense:
@@ -93,13 +114,36 @@ def make_report(trace: Trace | None, method: str, keep: Any) -> Report:
         full = [[trace.layout.length] * trace.layout.num_rows] * decoder.layers
         head = 2.0 * decoder.width * decoder.vocabulary * trace.layout.num_rows
         parts["decoder_dense"] = stack_flops(decoder, full, trace.past_length) + head
-        parts["decoder"] = stack_flops(decoder, trace.decoder_lengths, trace.past_length) + head
+        parts["decoder"] = _decoder_flops(decoder, trace) + head
         flops_dense += parts["decoder_dense"]
         flops_pruned += parts["decoder"]
         kv_dense = stack_kv_bytes(decoder, full, trace.kv_element_bytes, trace.past_length)
         stored = [[max(lengths)] * len(lengths) for lengths in trace.decoder_lengths]    # short rows are filled up
+        stored = [trace.keys.get(layer, lengths) for layer, lengths in enumerate(stored)]
         kv_pruned = stack_kv_bytes(decoder, stored, trace.kv_element_bytes, trace.past_length)
-    return Report(method, keep, list(trace.points), flops_dense, flops_pruned, kv_dense, kv_pruned, parts)
+    decoding = {} if decoder is None else _decoding(trace, decoder)
+    return Report(method, keep, list(trace.points), flops_dense, flops_pruned, kv_dense, kv_pruned, parts, list(trace.bypasses), decoding)
+
+
+def _decoding(trace: Trace, shape: Any) -> dict[str, float]:
+    """What the decoding steps after the prompt skipped: shares of all attention and MLP calls."""
+    if not trace.decode_steps or not isinstance(shape, TowerShape):
+        return {}
+    skipped = {part: sum(count for (_, name), count in trace.decode_skipped.items() if name == part) for part in ("attn", "mlp")}
+    return {"steps": float(trace.decode_steps), **{f"{part}_skipped": count / (trace.decode_steps * shape.layers) for part, count in skipped.items()}}
+
+
+def _decoder_flops(shape: TowerShape, trace: Trace) -> float:
+    """Of the prompt; layers in which some rows skip a part are counted by what ran."""
+    total = 0.0
+    for layer, lengths in enumerate(trace.decoder_lengths):
+        if layer not in trace.queries and layer not in trace.mlp_rows:
+            total += stack_flops(shape, [lengths], trace.past_length)
+            continue
+        queries, mlp = trace.queries.get(layer, lengths), trace.mlp_rows.get(layer, lengths)
+        keys = trace.keys.get(layer, lengths)
+        total += sum(shape.partial_flops(q, k, m, trace.past_length) for q, k, m in zip(queries, keys, mlp, strict=True))
+    return total
 
 
 def _si(value: float, unit: str = "FLOP") -> str:

@@ -19,7 +19,7 @@ from vlprune.method import MethodCard
 from vlprune.points import BeforeLLM, LLMLayer, Point, VisionLayer, parse_point
 from vlprune.registry import get_method, list_methods
 
-METHOD_COLUMNS = ("name", "what stays", "paper", "where", "signals", "drop, merge or recycle", "video", "text-aware", "keep", "parity (cases)")
+METHOD_COLUMNS = ("name", "what stays", "paper", "where", "signals", "drop, merge or recycle", "tokens", "video", "text-aware", "keep", "parity (cases)")
 PARITY = Path(__file__).parent / "assets" / "parity.json"                # written by tests/reference/count_parity.py
 VIDEO = {"any": "yes", "image": "no", "video": "only"}
 PICTURE_SIZES = ((336, 336), (480, 640), (768, 1024), (1080, 1920))      # height, width
@@ -37,7 +37,8 @@ def _method_row(card: MethodCard) -> list[str]:
     points = ", ".join(f"{point} ({count}x)" if count > 1 else point for point, count in places.items()) or "-"
     others = card.reduction if points != "-" else "-"
     text = "yes" if card.text_aware else "no"
-    return [card.name, card.summary, card.paper or "-", points, ", ".join(card.needs) or "-", others, VIDEO[card.modality], text, share, parity(card.name)]
+    needs, video = ", ".join(card.needs) or "-", VIDEO[card.modality] if card.tokens != "text" else "-"
+    return [card.name, card.summary, card.paper or "-", points, needs, others, card.tokens, video, text, share, parity(card.name)]
 
 
 def parity(name: str) -> str:
@@ -94,6 +95,9 @@ def inspect_model(name: str, trust_remote_code: bool = False) -> list[Any]:
         f"visual tokens come from vision block {facts.feature_layer} (counted from 0)",
         f"default method: {method}, keep={keep:.3g}",
     ]
+    sees = "visual" in facts.token_sets
+    if not sees:
+        lines[1:3] = [f"layers: {facts.decoder_layers} in the decoder; it sees no pictures, what is reduced is text"]
     if facts.global_vision_layers and len(facts.global_vision_layers) < facts.vision_layers:
         lines.insert(3, f"vision blocks that see the whole picture: {', '.join(map(str, facts.global_vision_layers))}; the others see windows")
     table = Table("pruning points", "signals there", title_justify="left", pad_edge=False)
@@ -106,6 +110,8 @@ def inspect_model(name: str, trust_remote_code: bool = False) -> list[Any]:
             groups.append(([label], offered))
     for labels, offered in groups:
         table.add_row(labels[0] if len(labels) == 1 else f"{labels[0]} ... {labels[-1]}", ", ".join(sorted(offered)) or "-")
+    if not sees:
+        return ["\n".join(lines), table]
     return ["\n".join(lines), table, _token_counts(name, load_config(name, trust_remote_code), trust_remote_code)]
 
 

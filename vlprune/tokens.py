@@ -1,4 +1,7 @@
-"""Which positions of a prompt are visual tokens, and to which image or video they belong. Host side, no device reads."""
+"""Which positions of a prompt are visual tokens, and to which image or video they belong. Host side, no device reads.
+
+Three sets of tokens can be reduced: ``"visual"``, item by item; ``"text"``, what is neither visual nor padding, row by row; ``"all"``, both together.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+TOKEN_SETS = ("visual", "text", "all")
+
 
 @dataclass(frozen=True)
 class VisualItem:
-    """One image or one whole video in one row of the batch.
+    """One image or one whole video in one row of the batch; or the text (or everything) of one row.
 
     Attributes:
         row: row of the batch.
         positions: (N,) int64 on the CPU, ascending: places of its tokens in that row.
-        modality: ``"image"`` or ``"video"``.
+        modality: ``"image"`` or ``"video"``; ``"text"`` or ``"all"`` for a row.
         index: how many items of the same modality precede it in the call (reading order over rows).
         grid: (N, 3) int64 on the CPU or ``None``: frame (or tile), row and column of each token. Separator tokens
             (newlines) have row and column -1.
+        protected: text only: tokens of the row that count with these but always stay, and are not among ``positions`` (`TokenLayout.token_rows`).
     """
 
     row: int
@@ -26,11 +32,17 @@ class VisualItem:
     modality: str = "image"
     index: int = 0
     grid: Tensor | None = None
+    protected: int = 0
 
     @property
     def num_tokens(self) -> int:
         """N, before any reduction."""
         return int(self.positions.numel())
+
+    @property
+    def is_visual(self) -> bool:
+        """Whether it is an image or a video, not the text (or everything) of a row."""
+        return self.modality in ("image", "video")
 
     @property
     def num_frames(self) -> int:
@@ -65,6 +77,25 @@ class TokenLayout:
         if self.valid is None:
             return torch.ones(self.num_rows, self.length, dtype=torch.bool)
         return self.valid
+
+    def set_mask(self, tokens: str) -> Tensor:
+        """(B, L) bool: positions of a set of tokens, protected ones included, padding never."""
+        if tokens == "visual":
+            return self.visual_mask()
+        return self.valid_mask() & ~self.visual_mask() if tokens == "text" else self.valid_mask().clone()
+
+    def token_rows(self, tokens: str, protect: tuple[int, int] = (1, 1)) -> list[VisualItem]:
+        """One item a row of its ``"text"`` or ``"all"`` tokens, without the first and last text tokens, which always stay (``protect``: how many)."""
+        text, mask, found = self.set_mask("text"), self.set_mask(tokens), []
+        for row in range(self.num_rows):
+            places = torch.nonzero(text[row]).flatten()
+            first, last = min(protect[0], places.numel()), max(min(protect[0], places.numel()), places.numel() - protect[1])
+            stays = torch.cat([places[:first], places[last:]])
+            mask[row, stays] = False
+            positions = torch.nonzero(mask[row]).flatten()
+            if positions.numel():
+                found.append(VisualItem(row, positions, tokens, row, protected=int(stays.numel())))
+        return found
 
     def text_after(self, item: VisualItem) -> Tensor:
         """Positions (T,) of the text tokens after this item in its row; all text of the row if none follows; without text its last token."""

@@ -17,11 +17,13 @@ class PointRecord:
     Attributes:
         point: ``"vision:3"``, ``"before_llm"`` or ``"llm:2"``.
         method: name of the method.
-        visual_before: visual tokens of the whole batch that reached the point.
+        visual_before: tokens of the set (visual ones, see ``tokens``) of the whole batch that reached the point.
         items, kept, roles: per visual item: the item, which of its tokens stay, and their roles.
         role_names: what the roles are called.
         columns: inside a tower that sees a video: (frames, S) what each frame sees from this point on. key_bias: (frames, S) what was added to the
             logits onto them in the block before; ``None`` where nothing was.
+        tokens: which set was chosen from: ``"visual"``, ``"text"`` or ``"all"``. Of the last two, an item is a row, and tokens that always stay
+            (`VisualItem.protected`) count in ``visual_before`` and ``visual_kept`` but are not among ``kept``.
     """
 
     point: str
@@ -34,6 +36,7 @@ class PointRecord:
     num_rows: int = 0
     columns: Tensor | None = None
     key_bias: Tensor | None = None
+    tokens: str = "visual"
 
     def add(self, item: VisualItem, kept: Tensor, roles: Tensor | None, role_names: tuple[str, ...]) -> None:
         """Note what stayed of one item."""
@@ -45,8 +48,8 @@ class PointRecord:
 
     @property
     def visual_kept(self) -> int:
-        """Visual tokens of the whole batch that stay."""
-        return sum(int(kept.numel()) for kept in self.kept)
+        """Tokens of the set, in the whole batch, that stay."""
+        return sum(int(kept.numel()) for kept in self.kept) + sum(item.protected for item in self.items)
 
     @property
     def keep_indices(self) -> list[Tensor]:
@@ -80,6 +83,11 @@ class Trace:
         mlp_skipped: by vision block, tokens that did not run through its MLP, summed over the batch.
         shapes: widths and depths of the model, for the FLOPs count.
         scorer_flops: matrix-product FLOPs spent on scoring.
+        bypasses: a record for each choice of rows that run through a part of a layer (`vlprune.method.Bypass`), point ``"llm:3.attn"`` or so.
+        queries, mlp_rows, keys: by decoder layer, for each row of the batch, tokens that asked in attention, that ran through the MLP, and that left keys,
+            where these are fewer than ``decoder_lengths`` says.
+        decode_steps: decoding steps that followed, as far as they were counted. decode_skipped: by layer and part, how often its row of the batch was
+            skipped in them, as a share summed over the steps.
     """
 
     points: list[PointRecord] = field(default_factory=list)
@@ -93,3 +101,10 @@ class Trace:
     shapes: dict[str, object] = field(default_factory=dict)
     scorer_flops: float = 0.0
     kv_element_bytes: int = 2
+    bypasses: list[PointRecord] = field(default_factory=list)
+    queries: dict[int, list[int]] = field(default_factory=dict)
+    mlp_rows: dict[int, list[int]] = field(default_factory=dict)
+    keys: dict[int, list[int]] = field(default_factory=dict)
+    ran: dict[tuple[int, str], Tensor] = field(default_factory=dict)      # (layer, "attn" or "mlp") -> (B, L) bool by original position
+    decode_steps: int = 0
+    decode_skipped: dict[tuple[int, str], float] = field(default_factory=dict)
