@@ -239,6 +239,8 @@ class RayEngine:
             return self._most
         ray = _ray()
         place = self.plan.spec.device
+        if self.address != "local":
+            _reach(self.address)
         if not ray.is_initialized():                                     # a user's own session is used, and left alone
             self._start(ray)
             self._ours = True
@@ -263,7 +265,6 @@ class RayEngine:
             cores = max(os.cpu_count() or 1, self.workers or 2)          # workers that share a core are slow, but they work
             ray.init(address="local", num_cpus=cores, num_gpus=gpus, include_dashboard=False, object_store_memory=STORE, **quiet)
             return
-        _reach(self.address)
         try:
             ray.init(address=self.address, **quiet)
         except Exception as error:                                       # Ray has no common class for these
