@@ -118,7 +118,7 @@ class Meter:
         out = model(**inputs, use_cache=True, logits_to_keep=1)
         prefill = self._now() - start
         cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        stored = stored_bytes(cache, 0)
+        stored = stored_bytes(cache)
         mask = inputs["attention_mask"]
         start = self._now()
         for _ in range(STEPS):

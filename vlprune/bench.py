@@ -135,6 +135,7 @@ class Rig:
         self.model = build(shape, video=video, device=device)
         self.inputs = prompt(shape, self.model, video=video, batch=batch, device=device)
         self.device, self.batch, self.decode_steps = device, batch, decode_steps
+        self.stored = 0                                                  # bytes of the cache behind the last prompt
 
     def now(self) -> float:
         """Seconds, after everything queued is done."""
@@ -143,18 +144,19 @@ class Rig:
         return time.perf_counter()
 
     @torch.no_grad()
-    def once(self) -> tuple[float, float, Any]:
-        """Prefill and mean decode step in milliseconds, and the cache."""
+    def once(self) -> tuple[float, float]:
+        """Prefill and mean decode step in milliseconds."""
         start = self.now()
         out = self.model(**self.inputs, use_cache=True, logits_to_keep=1)
         prefill = self.now() - start
         cache = out.past_key_values
+        self.stored = stored_bytes(cache)
         token, length = out.logits[:, -1:].argmax(-1), self.inputs["input_ids"].shape[1]
         start = self.now()
         for step in range(self.decode_steps):
             mask = torch.ones(self.batch, length + step + 1, dtype=torch.long, device=self.device)
             token = self.model(input_ids=token, attention_mask=mask, past_key_values=cache).logits[:, -1:].argmax(-1)
-        return 1e3 * prefill, 1e3 * (self.now() - start) / max(self.decode_steps, 1), cache
+        return 1e3 * prefill, 1e3 * (self.now() - start) / max(self.decode_steps, 1)
 
     @torch.no_grad()
     def peak(self) -> int:
@@ -251,13 +253,13 @@ def _measure(rig: Rig, cards: list[MethodCard], keep: float, rounds: int, progre
                 continue
             with handle:
                 handle.pruner.clock = rig.now
-                before, after, cache = rig.once()
+                before, after = rig.once()
                 if number == 0:
                     handle.pruner.clock = None
                     report = handle.report()
                     facts[card.name] = {
                         "report": report,
-                        "stored": stored_bytes(cache, rig.decode_steps),
+                        "stored": rig.stored,
                         "peak": rig.peak(),
                         "points": ",".join(stage.point.label for stage in handle.method.stages) or "-",
                     }
@@ -284,13 +286,9 @@ def _measure(rig: Rig, cards: list[MethodCard], keep: float, rounds: int, progre
     return result
 
 
-def stored_bytes(cache: Any, generated: int) -> int:
-    """Bytes of keys and values that the prefill left in a cache, read off its tensors; ``generated`` tokens came later."""
-    total = 0
-    for layer in cache.layers:
-        keys = layer.keys
-        total += 2 * keys.shape[0] * keys.shape[1] * (keys.shape[2] - generated) * keys.shape[3] * keys.element_size()
-    return total
+def stored_bytes(cache: Any) -> int:
+    """Bytes of keys and values in a cache, read off its tensors."""
+    return sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
 
 
 def environment(shape: str, batch: int, device: str | None = None) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def inspect(
 @app.command()
 def bench(
     methods: Annotated[str | None, typer.Option(help="Names with commas between; all if not given. dense and random always run.")] = None,
-    keep: Annotated[float, typer.Option(help="Share of visual tokens that stay.")] = 1 / 9,
+    keep: Annotated[float | None, typer.Option(help="Share of tokens that stay: 1/9 of the visual ones if not given, half of the text ones.")] = None,
     shape: Annotated[str, typer.Option(help="A shape of vlprune.bench.SHAPES, such as cpu, tiny or llava-1.5-7b.")] = "cpu",
     batch: Annotated[int, typer.Option(help="Prompts at a time.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Counted runs of each method.", min=1)] = 5,
@@ -133,15 +133,23 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table here, with what it was measured on.")] = None,
     parts: Annotated[bool, typer.Option("--parts", help="Measure the parts instead: choosing, the greedy kernel, column-mean attention.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Measure the methods for text on a text-only decoder, at long prompts.")] = False,
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts of --text, with commas between.")] = "4096,16384",
 ) -> None:
     """Measure prefill, decode, scorer and cache of the methods against dense and random, in one run."""
     with one_clear_line():
         from vlprune import bench as job
 
         names = [name.strip() for name in methods.split(",")] if methods else None
+        if parts and text:
+            raise OptionError("--parts and --text are two measurements: give one of them")
         if parts:
-            _bench_parts(names, keep, shape, rounds, device, json, markdown)
+            _bench_parts(names, 1 / 9 if keep is None else keep, shape, rounds, device, json, markdown)
             return
+        if text:
+            _bench_text(names, 0.5 if keep is None else keep, shape, lengths, batch, rounds, device, json, markdown)
+            return
+        keep = 1 / 9 if keep is None else keep
         with Console(stderr=True).status("...") as status:
             rows = job.run(names, keep, shape, batch, rounds, device=device, progress=lambda text: status.update(text))
         table = Table(title=" ".join(f"{k}={v}" for k, v in job.environment(shape, batch, device).items()), title_justify="left", pad_edge=False)
@@ -317,6 +325,38 @@ def _bench_parts(names: list[str] | None, keep: float, shape: str, rounds: int, 
         bench_parts.write_json(found, facts, json)
     if markdown is not None:
         bench_parts.write_markdown(found, facts, markdown)
+
+
+def _bench_text(
+    names: list[str] | None, keep: float, shape: str, lengths: str, batch: int, rounds: int, device: str | None, json: Path | None, markdown: Path | None
+) -> None:
+    from vlprune import bench, bench_text
+
+    words = [part.strip() for part in lengths.split(",")]
+    if not all(word.isdigit() for word in words):
+        raise OptionError(f"--lengths {lengths!r}: whole numbers with commas between, such as 4096,16384")
+    sizes = [int(word) for word in words]
+    with Console(stderr=True).status("...") as status:
+        rows, left_out = bench_text.run(names, keep, shape, sizes, batch, rounds, device=device, progress=lambda text: status.update(text))
+    environment = bench.environment(shape, batch, device)
+    of_pictures = ("tower", "tower_width", "tower_heads", "visual", "text")
+    facts = {**{key: value for key, value in environment.items() if key not in of_pictures}, "keep": f"{keep:.4g}", "rounds": rounds}
+    for size in sizes:
+        head, _, *lines = bench_text.table([row for row in rows if row.length == size])
+        table = Table(title=f"{size:,} tokens", title_justify="left", title_style="bold", pad_edge=False)
+        for number, name in enumerate(_cells(head)):
+            table.add_column(name, justify="right" if number > 1 else "left")
+        for line in lines:
+            table.add_row(*_cells(line))
+        console().print(table)
+    for name, why in left_out.items():
+        console().print(f"left out: {name}: {why}", highlight=False, markup=False)
+    if json is not None:
+        bench_text.write_json(rows, left_out, facts, json)
+    if markdown is not None:
+        listed = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        markdown.write_text(f"{bench_text.markdown(rows, left_out)}\nMeasured on:\n\n{listed}\n")
 
 
 def _cells(line: str) -> list[str]:
