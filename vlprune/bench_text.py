@@ -1,4 +1,4 @@
-"""Measured cost of the methods for text, ``vlprune bench --text``: a text-only decoder of the bench shape, long prompts, dense and ``random_text`` in the same run.
+"""Measured cost of the methods for text, ``vlprune bench --text``: a text-only decoder, long prompts, dense and ``random_text`` in the same run.
 
 Time to first token, decode step, bytes of keys and values (read off the cache and as computed) and FLOPs, warm, interleaved, medians. Efficiency is
 (dense time / pruned time) / (dense FLOPs / pruned FLOPs) of the prefill: 1.0 means that every FLOP saved is time saved. Methods act on a prompt of random
@@ -158,9 +158,8 @@ def _measure(rig: TextRig, length: int, keep: float, fits: list[Fit], rounds: in
         found = times[one.name]
         mine, decode = statistics.median(found.prefill), statistics.median(found.decode)
         ratio = first / mine
-        rows.append(
-            TextRow(length, one.name, f"{keep:g}", one.options, mine, ratio, found.flops, ratio / found.flops, decode, step / decode, found.stored, found.expected)
-        )
+        of_prompt, of_steps = (mine, ratio, found.flops, ratio / found.flops), (decode, step / decode)
+        rows.append(TextRow(length, one.name, f"{keep:g}", one.options, *of_prompt, *of_steps, found.stored, found.expected))
     return rows
 
 

@@ -96,17 +96,18 @@ def demo(
 @app.command()
 def methods(markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table, for the README.")] = False) -> None:
     """List the methods: what they keep, where they act, what they need."""
-    from vlprune.tables import METHOD_COLUMNS, method_rows, methods_markdown
+    from vlprune.tables import METHOD_COLUMNS, PROMPT_COLUMNS, method_rows, methods_markdown, prompt_rows, prompts_markdown
 
     if markdown:
-        typer.echo(methods_markdown())
+        typer.echo(f"{methods_markdown()}\n\n{prompts_markdown()}")
         return
-    table = Table(title="Methods", title_justify="left", title_style="bold", pad_edge=False)
-    for name in METHOD_COLUMNS:
-        table.add_column(name, overflow="fold", no_wrap=name in ("name", "paper"))
-    for row in method_rows():
-        table.add_row(*row)
-    console().print(table)
+    for title, columns, rows in (("Methods", METHOD_COLUMNS, method_rows()), ("Methods for prompts (vlprune.prompts)", PROMPT_COLUMNS, prompt_rows())):
+        table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+        for name in columns:
+            table.add_column(name, overflow="fold", no_wrap=name in ("name", "paper"))
+        for row in rows:
+            table.add_row(*row)
+        console().print(table)
 
 
 @app.command()

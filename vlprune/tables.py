@@ -19,6 +19,7 @@ from vlprune.method import MethodCard
 from vlprune.points import BeforeLLM, LLMLayer, Point, VisionLayer, parse_point
 from vlprune.registry import get_method, list_methods
 
+PROMPT_COLUMNS = ("name", "what stays", "paper", "what you bring")
 METHOD_COLUMNS = ("name", "what stays", "paper", "where", "signals", "drop, merge or recycle", "tokens", "video", "text-aware", "keep", "parity (cases)")
 PARITY = Path(__file__).parent / "assets" / "parity.json"                # written by tests/reference/count_parity.py
 VIDEO = {"any": "yes", "image": "no", "video": "only"}
@@ -62,9 +63,21 @@ def methods_markdown() -> str:
     """The table of methods."""
     rows = []
     for name, summary, paper, points, needs, *rest in method_rows():
-        link = f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})" if paper.startswith("arXiv:") else paper
-        rows.append((f"`{name}`", summary, link, _code(points), _code(needs), *rest))
+        rows.append((f"`{name}`", summary, _paper(paper), _code(points), _code(needs), *rest))
     return _markdown(METHOD_COLUMNS, rows)
+
+
+def prompt_rows() -> list[tuple[str, ...]]:
+    """One row for each method that shortens prompts before the model sees them."""
+    from vlprune.prompts import PROMPT_METHODS
+
+    return [(card.name, card.summary, card.paper, card.needs) for card in PROMPT_METHODS.values()]
+
+
+def prompts_markdown() -> str:
+    """The table of methods for prompts."""
+    rows = [(f"`{name}`", summary, _paper(paper), needs) for name, summary, paper, needs in prompt_rows()]
+    return _markdown(PROMPT_COLUMNS, rows)
 
 
 def families_markdown() -> str:
@@ -142,13 +155,17 @@ def _token_counts(name: str, config: Any, trust_remote_code: bool) -> str:
 
 def update(text: str) -> str:
     """The text with the tables between ``<!-- NAME -->`` and ``<!-- /NAME -->`` made anew."""
-    for name, make in (("methods", methods_markdown), ("families", families_markdown)):
+    for name, make in (("methods", methods_markdown), ("prompts", prompts_markdown), ("families", families_markdown)):
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         head, found, rest = text.partition(begin)
         if not found or end not in rest:
             raise OptionError(f"the file has no {begin} ... {end}")
         text = f"{head}{begin}\n{make()}\n{end}{rest.partition(end)[2]}"
     return text
+
+
+def _paper(name: str) -> str:
+    return f"[{name}](https://arxiv.org/abs/{name.removeprefix('arXiv:')})" if name.startswith("arXiv:") else name
 
 
 def _code(text: str) -> str:
@@ -175,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-__all__ = ["BeforeLLM", "LLMLayer", "Point", "VisionLayer", "families_markdown", "method_rows", "methods_markdown", "update"]
+__all__ = ["BeforeLLM", "LLMLayer", "Point", "VisionLayer", "families_markdown", "method_rows", "methods_markdown", "prompt_rows", "prompts_markdown", "update"]
 
 if __name__ == "__main__":
     sys.exit(main())
