@@ -39,11 +39,16 @@ class Frames:
 
 @dataclass
 class Opened:
-    """A sample with its pictures or frames in memory."""
+    """A sample with its pictures or frames in memory.
+
+    Attributes:
+        parts: the prompt where it depends on the frames, see `Sample.words`.
+    """
 
     sample: Sample
     pictures: list[Any] = field(default_factory=list)
     clip: Clip | None = None
+    parts: Sequence[str | int] | None = None
 
 
 def open_sample(sample: Sample, frames: Frames) -> Opened:
@@ -61,8 +66,16 @@ def open_sample(sample: Sample, frames: Frames) -> Opened:
         extra |= {"start": sample.start, "end": sample.end}
     if frames.resize is not None:
         extra["resize"] = frames.resize
-    clip = read_video(sample.video, frames.count, **extra)
-    return Opened(sample, list(clip.frames), clip)
+
+    def read(file: Path) -> Clip:
+        if sample.rate is not None and file.is_dir():
+            from vlprune.evals.frame_folders import read_frames
+
+            return read_frames(file, frames.count, sample.rate, **extra)
+        return read_video(file, frames.count, **extra)
+
+    clip = sample.video(read) if callable(sample.video) else read(sample.video)
+    return Opened(sample, list(clip.frames), clip, None if sample.words is None else sample.words(clip))
 
 
 def _picture(entry: Any) -> Any:
@@ -80,9 +93,33 @@ def _picture(entry: Any) -> Any:
 
 
 def inputs_for(loaded: Loaded, opened: Opened) -> dict[str, Any]:
-    """Model inputs of one sample."""
-    video = opened.clip is not None and loaded.takes_video
-    return loaded.inputs(opened.sample.question, opened.pictures, video=video, clip=opened.clip)
+    """Model inputs of one sample. A model that takes no videos gets the frames as pictures, with subtitles between them where a benchmark wants that."""
+    parts, video = opened.parts, opened.clip is not None and loaded.takes_video
+    if parts is None:
+        return loaded.inputs(opened.sample.question, opened.pictures, video=video, clip=opened.clip)
+    if video or all(isinstance(part, str) for part in parts):            # a video is one item: its words come behind it
+        text = "\n".join(part for part in parts if isinstance(part, str))
+        return loaded.inputs(text, opened.pictures, video=video, clip=opened.clip)
+    return interleaved(loaded, parts, opened.pictures)
+
+
+def interleaved(loaded: Loaded, parts: Sequence[str | int], pictures: Sequence[Any]) -> dict[str, Any]:
+    """Model inputs of pictures with text between them.
+
+    Args:
+        loaded: a model that takes pictures.
+        parts: texts, and places of pictures; a line each without a chat template.
+        pictures: all of them.
+    """
+    processor, places = loaded.processor, [part for part in parts if not isinstance(part, str)]
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "text", "text": f"{part}\n"} if isinstance(part, str) else {"type": "image"} for part in parts]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+    else:
+        token = getattr(processor, "image_token", None) or "<image>"
+        prompt = "USER: " + "\n".join(part if isinstance(part, str) else token for part in parts) + " ASSISTANT:"
+    made = processor(text=[str(prompt)], images=[pictures[place] for place in places], return_tensors="pt", padding=True)
+    return loaded._placed(made)
 
 
 def collate(parts: Sequence[dict[str, Any]], pad: int) -> dict[str, Any] | None:

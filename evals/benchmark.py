@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlprune.errors import OptionError, unknown
+from vlprune.video import Clip
 
 
 @dataclass(frozen=True)
@@ -26,23 +27,28 @@ class Sample:
         question: the text that the model gets, with the benchmark's own instructions.
         answers: what is right; for several annotators one each, in the official order.
         pictures: files, PIL images, or functions that return one; shown in this order in front of the question.
-        video: a video's file; then there are no pictures.
+        video: a video's file, or a folder with its frames; then there are no pictures. Or ``(read) -> clip``, which makes a file and calls ``read`` with it.
         start, end: the part of the video that is asked about, in seconds.
+        rate: frames a second of a folder with frames.
         choices: of a multiple-choice question, in the order of their letters.
         kind: the group of the sub-table that it belongs to, such as the task or the length of the video.
         facts: what the score needs beside the answers.
+        words: of a video whose prompt depends on which frames were read (subtitles): ``(clip) -> parts``, where a text is a text, a number is that frame of
+            the clip, and without numbers all frames come first. The model gets this instead of ``question``.
     """
 
     id: str
     question: str
     answers: tuple[str, ...]
     pictures: tuple[Any, ...] = ()
-    video: Path | None = None
+    video: Path | Callable[[Callable[[Path], Clip]], Clip] | None = None
     start: float | None = None
     end: float | None = None
     choices: tuple[str, ...] = ()
     kind: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    rate: float | None = None
+    words: Callable[[Clip], Sequence[str | int]] | None = None
 
 
 @dataclass(frozen=True)

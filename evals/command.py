@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from vlprune.errors import OptionError
 from vlprune.evals.asking import Frames
 from vlprune.evals.benchmark import Source, get_benchmark, list_benchmarks
 from vlprune.evals.evaluate import Request, evaluate
+from vlprune.evals.judge import load_judge
 from vlprune.evals.settings import parse_share
 from vlprune.evals.worker import ModelSpec, Plan
 from vlprune.registry import get_method
@@ -73,7 +75,7 @@ def options_in(given: Sequence[str]) -> dict[str, dict[str, Any]]:
 def request_from(
     *, model: str, benchmarks: str, methods: str, keep: str, frames: int, sampling: str, fps: float | None, resize: int | None, data: Sequence[str],
     split: str | None, out: Path, limit: int | None, draws: int, seed: int, batch: int, option: Sequence[str], costs: bool, batches: str,
-    retry: bool, dtype: str, device: str, trust_remote_code: bool, gallery: int,
+    retry: bool, dtype: str, device: str, trust_remote_code: bool, gallery: int, judge: str | None = None,
 ) -> Request:  # fmt: skip
     """Check everything that can be checked before a model is loaded."""
     names = names_in(benchmarks, "benchmarks")
@@ -97,38 +99,52 @@ def request_from(
     sizes = names_in(batches, "batch sizes")
     if not all(size.isdigit() and int(size) > 0 for size in sizes):
         raise OptionError(f"--batches {batches!r}: whole numbers with commas between, such as 1,8,32")
+    if load_judge(judge) is not None and not any(get_benchmark(name).judge for name in names):
+        takers = [name for name in list_benchmarks() if get_benchmark(name).judge]
+        raise OptionError(f"--judge {judge!r}: only open answers go to a judge, those of {', '.join(takers) or 'no benchmark that is registered'}")
     spec = ModelSpec(model, dtype, device, trust_remote_code)
-    plan = Plan(spec, chosen, keeps, draws, given, Frames(frames, sampling, fps, resize), batch)
+    plan = Plan(spec, chosen, keeps, draws, given, Frames(frames, sampling, fps, resize), batch, judge)
     return Request(plan, names, sources_in(data, names, split), out, limit, seed, retry, costs, tuple(sorted({1, *map(int, sizes)})), gallery)
 
 
-def run(request: Request, console: Any, engine: Any = None, worker: Any = None) -> dict[str, Any]:
-    """Evaluate with bars on a terminal, or a line now and then; print the tables."""
+def run(request: Request, console: Any, engine: Any = None, worker: Any = None, command: str = "") -> dict[str, Any]:
+    """Evaluate with bars on a terminal, or a line now and then; print the tables. See `vlprune.evals.evaluate`."""
     from rich.console import Console
-    from rich.markdown import Markdown
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from vlprune.evals.results import markdown
+    from vlprune.evals.console_table import show
 
     columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     live = sys.stderr.isatty()
-    told, tasks = [0.0], {}
-    with Progress(*columns, console=Console(stderr=True), disable=not live) as progress:
+    told, tasks, since = [0.0], {}, {}
+    # an hour to judge the speed by: a large model may need minutes for an answer
+    with Progress(*columns, console=Console(stderr=True), disable=not live, speed_estimate_period=3600) as progress:
+        loading = progress.add_task("samples and model are being loaded", total=None)
 
         def tell(done: int, total: int, words: str) -> None:
             bar = words if ": cost at batch" in words else words.partition(":")[0]
             if bar not in tasks:
+                progress.update(loading, visible=False)
                 tasks[bar] = progress.add_task(words, total=total, completed=done)       # what was answered before is no speed
+                since[bar] = time.monotonic(), done
             progress.update(tasks[bar], completed=done, total=total, description=words)
             if not live and (time.monotonic() - told[0] > 30 or done == total):
                 told[0] = time.monotonic()
-                print(f"{words} ({done} of {total})", file=sys.stderr, flush=True)
+                print(f"{words} ({done} of {total}{time_left(*since[bar], done, total)})", file=sys.stderr, flush=True)
 
-        found = evaluate(request, progress=tell, engine=engine, worker=worker)
-    console.print(Markdown(markdown(found)))
+        found = evaluate(request, progress=tell, engine=engine, worker=worker, command=command)
+    show(found, console)
     files = ", ".join(str(request.out / name) for name in ("results.md", "results.json", "index.html") if (request.out / name).exists())
     console.print(files, highlight=False, markup=False, soft_wrap=True)
     return found
+
+
+def time_left(begun: float, there: int, done: int, total: int) -> str:
+    """In words, from the mean speed since ``begun``, when ``there`` of it were done before; nothing where it is not known."""
+    if not there < done < total:
+        return ""
+    seconds = (time.monotonic() - begun) / (done - there) * (total - done)
+    return f", about {timedelta(seconds=round(seconds))} left"
 
 
 def rows_of_benchmarks() -> list[tuple[str, str, str, str]]:

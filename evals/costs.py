@@ -123,7 +123,7 @@ class Meter:
         start = self._now()
         for _ in range(STEPS):
             mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
-            token = model(input_ids=token, attention_mask=mask, past_key_values=cache).logits[:, -1:].argmax(-1)
+            token = model(input_ids=token, attention_mask=mask, past_key_values=cache, **_positions(model, mask)).logits[:, -1:].argmax(-1)
         return prefill, (self._now() - start) / STEPS, stored
 
     @torch.no_grad()
@@ -143,3 +143,11 @@ class Meter:
         if self.worker.loaded.model.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def _positions(model: Any, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Positions of the next token where a model with three-part positions counts on `generate` to give them: by itself it takes all columns of the mask."""
+    deltas = getattr(getattr(model, "model", None), "rope_deltas", None)
+    if deltas is None:
+        return {}
+    return {"position_ids": (mask.long().sum(-1, keepdim=True) - 1 + deltas.to(mask.device)).expand(3, -1, -1)}

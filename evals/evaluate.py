@@ -24,12 +24,13 @@ import vlprune
 from vlprune.errors import OptionError
 from vlprune.evals.benchmark import Benchmark, Sample, Source, get_benchmark, load_samples
 from vlprune.evals.journal import Journal, write_whole
+from vlprune.evals.judge import judge_name
 from vlprune.evals.worker import Plan, Worker
 
 
 @dataclass(frozen=True)
 class Task:
-    """A few samples for a worker, with the labels of the settings that lack an answer, by sample id."""
+    """A batch of samples for a worker, with the labels of the settings that lack an answer, by sample id; of some that may be none."""
 
     benchmark: Benchmark
     samples: tuple[Sample, ...]
@@ -107,8 +108,8 @@ def evaluate(
         OptionError: a name or value that does not exist, or a folder that holds answers to something else; nothing is asked then.
     """
     cards = [get_benchmark(name) for name in request.benchmarks]
+    config = check_folder(request.out, describe(request))                # before samples are made, which takes a while
     samples = {card.name: load_samples(card, _source(request, card)) for card in cards}
-    config = check_folder(request.out, describe(request))
     worker = Worker(request.plan) if worker is None else worker
     settings = {card.name: worker.settings(card) for card in cards}
     (request.out / "answers").mkdir(parents=True, exist_ok=True)
@@ -141,13 +142,12 @@ def evaluate(
 
 
 def make_tasks(card: Benchmark, samples: Sequence[Sample], labels: Sequence[str], journal: Journal, batch: int) -> Iterator[Task]:
-    """What is not answered yet, a batch of samples a task."""
+    """The batches in which something is not answered yet, whole, so that they are put together as they were before."""
     for start in range(0, len(samples), batch):
         part = samples[start : start + batch]
         lacking = {sample.id: tuple(label for label in labels if (label, sample.id) not in journal) for sample in part}
-        asked = tuple(sample for sample in part if lacking[sample.id])
-        if asked:
-            yield Task(card, asked, {sample.id: lacking[sample.id] for sample in asked})
+        if any(lacking.values()):
+            yield Task(card, tuple(part), lacking)
 
 
 def measure_costs(
@@ -172,6 +172,7 @@ def describe(request: Request) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if place.startswith("cuda") and torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {
         "model": plan.spec.name, "dtype": plan.spec.dtype, "device": name, "frames": asdict(plan.frames), "seed": request.seed, "batch": plan.batch,
+        "judge": judge_name(plan.judge),
         "data": {card.name: _place(_source(request, card)) for card in map(get_benchmark, request.benchmarks) if not card.embedded},
         "options": {key: {name: repr(value) for name, value in given.items()} for key, given in plan.options.items()},
         "vlprune": vlprune.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),

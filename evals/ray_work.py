@@ -38,7 +38,7 @@ class Work:
     def samples(self) -> list[Sample]:
         """Those that a worker is asked about next."""
         left = [sample for sample in self.task.samples if self.lacking[sample.id]]
-        return left[:1] if self.alone else left
+        return left[:1] if self.alone else list(self.task.samples) if left else []         # a batch stays together, as in one process
 
     def took(self, records: Sequence[dict[str, Any]]) -> None:
         """Answers have come."""

@@ -35,6 +35,8 @@ def collect(
     tables = {card.name: table(card, samples[card.name], settings[card.name][0], journals[card.name].records(), costs.get(card.name, {})) for card in cards}
     for card in cards:
         tables[card.name]["left_out"] = dict(settings[card.name][1])
+        if card.judge and config.get("judge") is not None:
+            tables[card.name]["metric"] = f"judged {card.metric}"
     return {"command": command, "config": dict(config), "limit": request.limit, "benchmarks": tables, "average": averages(tables)}
 
 
@@ -167,9 +169,10 @@ def write(
 def markdown(found: Mapping[str, Any]) -> str:
     """``results.md``."""
     config = found["config"]
+    told = [name for name in ("device", "dtype", "vlprune", "torch", "transformers", "seed", "judge") if config.get(name) is not None]
     lines = [
         f"# {config['model']} under pruning", "", f"`{found['command']}`", "",
-        ", ".join(f"{name} {config[name]}" for name in ("device", "dtype", "vlprune", "torch", "transformers", "seed")), "",
+        ", ".join(f"{name} {config[name]}" for name in told), "",
     ]  # fmt: skip
     if found["limit"] is not None:
         lines += [f"**At most {found['limit']} samples a benchmark: not comparable with full runs.**", ""]

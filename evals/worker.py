@@ -15,6 +15,7 @@ from vlprune.api import PruneHandle
 from vlprune.errors import VlpruneError
 from vlprune.evals.asking import Frames, Opened, collate, inputs_for, open_sample, pad_token
 from vlprune.evals.benchmark import Benchmark, Sample
+from vlprune.evals.judge import Judge, judged, load_judge
 from vlprune.evals.settings import Setting, make_settings
 from vlprune.loading import Loaded, load_embedded, load_model
 from vlprune.report import Report
@@ -49,6 +50,7 @@ class Plan:
     Attributes:
         methods, keeps, draws, options: see `vlprune.evals.settings.make_settings`.
         batch: samples at a time.
+        judge: of open answers, see `vlprune.evals.judge`; only benchmarks that say ``judge=True`` are given to it.
     """
 
     spec: ModelSpec
@@ -58,6 +60,7 @@ class Plan:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     frames: Frames = field(default_factory=Frames)
     batch: int = 1
+    judge: str | Judge | None = None
 
 
 class Worker:
@@ -65,6 +68,7 @@ class Worker:
 
     def __init__(self, plan: Plan, loaded: Loaded | None = None) -> None:
         self.plan = plan
+        self._judge = load_judge(plan.judge)
         self.loaded = plan.spec.load() if loaded is None else loaded
         self.loaded.model.eval()
         self._settings: dict[str, tuple[list[Setting], dict[str, str]]] = {}
@@ -87,7 +91,8 @@ class Worker:
         Args:
             benchmark: whose prompts and score count.
             samples: to open, once each.
-            lacking: labels of the settings that are asked for, by sample id.
+            lacking: labels of the settings that are asked for, by sample id. What is not asked for keeps its place in its batch and is thrown away: FLOPs
+                and bytes count the padding, so they depend on who is in it.
         """
         opened: list[Opened] = []
         settings = self.settings(benchmark)[0]
@@ -98,9 +103,11 @@ class Worker:
                 for label in lacking[sample.id]:
                     yield {"setting": label, "id": sample.id, "answer": "", "score": 0.0, "failed": "open", "error": _words(error)}
         for setting in settings:
-            asked = [entry for entry in opened if setting.label in lacking[entry.sample.id]]
-            for start in range(0, len(asked), self.plan.batch):
-                yield from self._ask(benchmark, setting, asked[start : start + self.plan.batch])
+            asked = {entry.sample.id for entry in opened if setting.label in lacking[entry.sample.id]}
+            for start in range(0, len(opened), self.plan.batch):
+                part = opened[start : start + self.plan.batch]
+                if asked.intersection(entry.sample.id for entry in part):
+                    yield from (record for record in self._ask(benchmark, setting, part) if record["id"] in asked)
 
     def _ask(self, benchmark: Benchmark, setting: Setting, part: list[Opened]) -> list[dict[str, Any]]:
         try:
@@ -125,9 +132,15 @@ class Worker:
         texts = [text.strip() for text in self.loaded.processor.batch_decode(new, skip_special_tokens=True)]
         records = []
         for entry, text, count in zip(part, texts, counts, strict=True):
-            score = float(benchmark.score(entry.sample, text))
-            records.append({"setting": setting.label, "id": entry.sample.id, "answer": text, "score": score, **count, **shares, "seconds": round(seconds, 5)})
+            score = self._score(benchmark, entry.sample, text)
+            records.append({"setting": setting.label, "id": entry.sample.id, "answer": text, **score, **count, **shares, "seconds": round(seconds, 5)})
         return records
+
+    def _score(self, benchmark: Benchmark, sample: Sample, answer: str) -> dict[str, float]:
+        matched = float(benchmark.score(sample, answer))
+        if self._judge is None or not benchmark.judge:
+            return {"score": matched}
+        return {"score": judged(self._judge, sample, answer), "matched": matched}
 
 
 def _counts(handle: PruneHandle, setting: Setting, rows: int) -> list[dict[str, Any]]:
