@@ -10,9 +10,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # timm and open_clip import torchvision, which has no build for every torch, so they live in a folder beside the environment.
 VIT := $(VENV)/vit
+# lmms-eval, for the same reason and because it wants older packages than the environment's (see the file of its requirements).
+LMMS := $(VENV)/lmms
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv demo test test-vit lint fuzz bench tables clean
+.PHONY: venv demo test test-vit test-lmms lint fuzz bench tables clean
 
 venv: $(STAMP)
 
@@ -35,6 +37,14 @@ test-vit: $(STAMP) $(VIT)/.installed
 
 $(VIT)/.installed: constraints.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VIT) -c constraints.txt timm open_clip_torch torchvision ftfy wcwidth
+	touch $@
+
+# Real runs of lmms-eval with the model ids that vlprune brings; part of no other target.
+test-lmms: $(STAMP) $(VIT)/.installed $(LMMS)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(LMMS)):$(abspath $(VIT)) $(BIN)/python -m pytest tests/test_lmms_runs.py -m lmms $(ARGS)
+
+$(LMMS)/.installed: tests/lmms_requirements.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(LMMS) -r tests/lmms_requirements.txt
 	touch $@
 
 lint: $(STAMP)
