@@ -18,7 +18,7 @@ from vlprune.evals.benchmark import Benchmark, Sample, Source
 from vlprune.evals.scoring import exact_match
 from vlprune.video import Clip
 
-COUNT = 480                                                              # thirty of a kind
+COUNT = 320                                                              # twenty of a kind
 
 
 def load(source: Source) -> Iterable[Sample]:
