@@ -167,8 +167,9 @@ def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_that_workers_cannot_load_is_told() -> None:
+def test_a_model_that_workers_cannot_load_is_told(engine: RayEngine) -> None:
     """Once, not over and over."""
+    engine.close()                                                       # its workers hold the cores that another one waits for
     made = RayEngine(replace(PLAN, spec=ModelSpec("nowhere/at/all")), "local", 1)
     try:
         with pytest.raises(VlpruneError, match="cannot load 'nowhere/at/all': there is no model folder"):

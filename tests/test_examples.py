@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
@@ -20,6 +21,8 @@ EXAMPLES = {
     "video_question": ([], ["16 frames; read [2, 6, 10, 14] at ['0.25 s', '0.75 s', '1.25 s', '1.75 s']", "answer 4:", "1024", "256"]),
     "clip_zero_shot": ([], ["vision:3", "64", "32"]),
     "write_a_scorer": ([], ["contrast", "llm:2"]),
+    "pipeline": ([], ["dense:", "pruned:", "before_llm: 64 of 256 visual tokens kept"]),
+    "compare_on_my_clips": (["--no-costs", "--methods", "random"], ["My clips", "8 of 8 samples", "random@1/4", "results.md", "index.html"]),
     "compare_methods": (["2", "0.25"], [*vlprune.list_methods()[:3], "hiprune", "256 -> 64"]),
 }
 
@@ -43,7 +46,8 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 def test_every_example_is_tested() -> None:
     """The training scripts have tests of their own."""
-    training = {"train_tiny_vlm", "train_tiny_video_vlm", "train_tiny_recall", "train_stts", "tokenskip_lora"}
+    training = {"train_tiny_vlm", "train_tiny_video_vlm", "train_tiny_recall", "train_easy_vqa", "train_stts", "tokenskip_lora"}
+    training |= {"train_videollm_mod", "train_swiftkv"}
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} - training == set(EXAMPLES)
 
 
@@ -83,3 +87,30 @@ def test_files_that_the_readme_names_exist() -> None:
             if not target.startswith("http"):
                 assert (ROOT / target).exists(), f"{document} links to {target}"
     assert (ROOT / "docs" / "kept.png").stat().st_size < 300_000
+
+
+def test_ones_own_clips_with_choices_times_and_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Open questions and choices by letter or by text; a clip that is not there is its question's failure."""
+    from vlprune.video import write_video
+
+    clips = tmp_path / "clips"
+    write_video(clips / "grey.avi", [np.full((128, 128, 3), 20 * number, np.uint8) for number in range(8)], fps=8)
+    rows = ["which digit moves ?,1|2,,,", "which digit moves ?,B,one|two,0,0.5", "which digit moves ?,two,one|two,,"]
+    lines = ["file,question,answer,choices,start,end", *(f"grey.avi,{row}" for row in rows), "gone.avi,what ?,1,,,"]
+    (clips / "questions.csv").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--clips", str(clips), "--methods", "random", "--no-costs", "--out", "out"]
+    monkeypatch.setattr(sys, "argv", ["compare_on_my_clips.py", *arguments])
+    runpy.run_path(str(ROOT / "examples" / "compare_on_my_clips.py"), run_name="__main__")
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]["my-clips"]
+    assert (found["samples"], found["counted"]) == (4, 3)
+    assert "gone.avi" in next(iter(found["failed"].values()))
+    assert set(found["rows"][0]["kinds"]) == {"open", "choices"}
+    records = [json.loads(line) for line in (tmp_path / "out" / "answers" / "my-clips.jsonl").read_text().splitlines()]
+    assert len({record["id"] for record in records}) == 4
+    assert (tmp_path / "out" / "index.html").exists()
+    assert "knows questions about moving digits only" in capsys.readouterr().out
+
+    (clips / "questions.csv").write_text("\n".join([lines[0], "grey.avi,what ?,C,one|two,,"]))
+    with pytest.raises(vlprune.VlpruneError, match="row 1: the right answer 'C' is none of the choices 'one', 'two'"):
+        runpy.run_path(str(ROOT / "examples" / "compare_on_my_clips.py"), run_name="__main__")

@@ -1,4 +1,5 @@
-"""The command line: ``vlprune demo``, ``vlprune methods``, ``vlprune inspect``, ``vlprune bench``, ``vlprune draw``, ``vlprune tune``, ``vlprune eval``."""
+"""The command line: ``vlprune demo``, ``vlprune methods``, ``vlprune inspect``, ``vlprune bench``, ``vlprune draw``, ``vlprune tune``, ``vlprune calibrate``,
+``vlprune eval``."""
 
 from __future__ import annotations
 
@@ -246,6 +247,45 @@ def tune(
         console().print(f"{card.name} on {loaded.name}: {says}\n{how}", highlight=False, soft_wrap=True, markup=False)
 
 
+@app.command()
+def calibrate(
+    method: Annotated[str, typer.Option(help="A method that is set by measurements on the model, such as spts, ffn_skip or fasa.")],
+    model: Annotated[str, typer.Option(help="Folder or hub id of a language model, or of a vision-language one.")],
+    samples: Annotated[Path | None, typer.Option(help='A .jsonl file with {"text": ...} or {"input_ids": [...]} a line, or a plain text file.')] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; out/calibrate/METHOD if not given.")] = None,
+    most: Annotated[int, typer.Option(help="How many of the texts are used, evenly spread.", min=1)] = 200,
+    length: Annotated[int, typer.Option(help="Tokens of each text that are used.", min=2)] = 2048,
+    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, of the calibration, such as rank=192; may be repeated.")] = None,
+    anew: Annotated[bool, typer.Option("--anew", help="Start anew instead of going on from what is in the folder.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Allow code from the model's repository to run.")] = False,
+) -> None:
+    """Measure on texts of yours what a method wants to know of a model. Goes on where it was stopped."""
+    with one_clear_line():
+        from vlprune.skipping import calibrate as job
+        from vlprune.skipping.texts import check_source, load_text_model, read_texts
+        from vlprune.skipping.progress import bar
+
+        job.calibration_of(method)                                       # mistakes are told before a model is loaded
+        options = job.parse_options(option or [])
+        source = check_source(samples)
+        target = Path("out/calibrate") / method if out is None else out
+        loaded = load_text_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        for note in loaded.notes:
+            console().print(note, highlight=False, markup=False, style="yellow")
+        inputs = read_texts(source, loaded, most=most, length=length)
+        try:
+            with bar(method) as tell:
+                path = job.calibrate(method, loaded.model, inputs, target, progress=tell, resume=not anew, **options)
+        except KeyboardInterrupt:
+            typer.echo("stopped; the same command goes on from here", err=True)
+            raise typer.Exit(130) from None
+        named = job.option_of(method)
+        how = f"vlprune.apply(model, {method!r}, {named or '...'}={str(path)!r})"
+        console().print(f"{method} on {loaded.name}, {len(inputs)} texts: {path}\n{how}", highlight=False, soft_wrap=True, markup=False)
+
+
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Option(help="Folder or hub id of a vision-language model; or embedded, or embedded-video.")] = "embedded",
@@ -267,6 +307,7 @@ def evaluate(
     costs: Annotated[bool, typer.Option(help="Measure latency, throughput and memory, too.")] = True,
     batches: Annotated[str, typer.Option(help="Batch sizes of the throughput; 1 is always among them.")] = "1,8,32",
     gallery: Annotated[int, typer.Option(help="Samples of each benchmark shown on the page with what stayed.", min=0)] = 3,
+    judge: Annotated[str | None, typer.Option(help="MODULE:FUNCTION of yours for open answers: (sample, answer) to the share that is right.")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Ask samples again that failed.")] = False,
     ray: Annotated[str | None, typer.Option(help="Spread the samples over a Ray cluster: local, auto, or an address.")] = None,
     workers: Annotated[int | None, typer.Option(help="Models in the cluster; one for each GPU, else two, if not given.", min=1)] = None,
@@ -290,7 +331,7 @@ def evaluate(
         request = job.request_from(
             model=model, benchmarks=benchmarks, methods=methods, keep=keep, frames=frames, sampling=sampling, fps=fps, resize=resize, data=data or [],
             split=split, out=out, limit=limit, draws=draws, seed=seed, batch=batch, option=option or [], costs=costs, batches=batches, retry=retry,
-            dtype=dtype, device=device, trust_remote_code=trust_remote_code, gallery=gallery,
+            dtype=dtype, device=device, trust_remote_code=trust_remote_code, gallery=gallery, judge=judge,
         )  # fmt: skip
         engine = None
         if ray is not None:
