@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ def project(attn: nn.Module, states: Tensor, which: str) -> Tensor:
         heads_q, heads_kv, head_dim = head_counts(attn, width)
         start, count = {"q": (0, heads_q), "k": (heads_q, heads_kv), "v": (heads_q + heads_kv, heads_kv)}[which]
         out = out[..., start * head_dim : (start + count) * head_dim]
+    return by_head(attn, out, which)
+
+
+def by_head(attn: nn.Module, out: Tensor, which: str) -> Tensor:
+    """What a projection gave, (B, L, H d), head by head and with the norm that the module has for it: (B, H, L, d)."""
     head_dim = _head_dim(attn, out.shape[-1], which)
     heads = out.unflatten(-1, (-1, head_dim))                            # (B, L, H, d)
     norm = getattr(attn, f"{which}_norm", None)
@@ -140,6 +146,42 @@ def received_from(queries: Tensor, keys: Tensor, scale: float, lengths: list[int
     asked = (received > share * received.mean(dim=1, keepdim=True)) | (received == received.amax(dim=1, keepdim=True))
     found = column_sum(queries, keys, scale, asked.float())
     return found / asked.sum(dim=1, keepdim=True) if how == "mean" else found
+
+
+def received(
+    attn: nn.Module, queries: Tensor, keys: Tensor, allowed: Callable[[Tensor], Tensor], real: Tensor, how: str = "sum", *, open_to: Tensor | None = None
+) -> Tensor:
+    """Attention that keys receive from the queries of their row, mean over heads, in chunks of queries.
+
+    Args:
+        attn: the module, for its scale and soft cap.
+        queries: (B, H, L, d) rotated.
+        keys: (B, Hkv, S, d) rotated.
+        allowed: for places (T,) of queries, the (B, 1, T, S) mask, bool or additive.
+        real: (B, L) queries that count, bool, or by how much.
+        how: ``"sum"`` over the queries; ``"mean"``, divided by their number; ``"seen"``, by the number of those that may see the key.
+        open_to: (B, L, S) which may, where the mask does not say it plainly.
+
+    Returns:
+        (B, S) float32.
+    """
+    batch, heads, length, _ = queries.shape
+    total = torch.zeros(batch, keys.shape[2], device=queries.device)
+    seen = torch.zeros_like(total)
+    limit = CHUNK_LOGITS.get(queries.device.type, CHUNK_LOGITS_ELSEWHERE)
+    rows = max(1, min(length, limit // max(1, batch * heads * keys.shape[2])))
+    for start in range(0, length, rows):
+        places = torch.arange(start, min(length, start + rows), device=queries.device)
+        mask, counts = allowed(places), real[:, start : start + rows, None].float()      # (B, 1, T, S), (B, T, 1)
+        attention = attention_rows(attn, queries[:, :, start : start + rows], keys, mask).mean(dim=1)
+        total = total + torch.where(counts > 0, attention * counts, 0.0).sum(dim=1)      # padding that sees nothing is not a number
+        if how == "seen":
+            may = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+            may = may if open_to is None else open_to[:, start : start + rows]
+            seen = seen + (may * counts).sum(dim=1)
+    if how == "mean":
+        return total / real.float().sum(dim=1, keepdim=True).clamp(min=1)
+    return total / seen.clamp(min=1e-6) if how == "seen" else total
 
 
 def mask_rows(mask: Any, slots: Tensor, rows: Tensor, past: int, num_keys: int, key_valid: Tensor | None, causal: bool = True) -> Tensor:

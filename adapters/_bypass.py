@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vlprune.adapters._cache import PrunedLayer
 from vlprune.adapters._decoder_taps import attention_of
+from vlprune.adapters._keys_from import EarlierKeys
 from vlprune.adapters._kv_fill import Filled, KeysValues, last_keys_values, mixed, project_keys_values
 from vlprune.errors import OptionError, UnsupportedCallError, UnsupportedPointError
 from vlprune.hooks import HookSet
@@ -67,6 +68,7 @@ class Bypasses:
 
     def __init__(self, layers: list[nn.Module], pruner: Pruner, backend: Callable[[], str]) -> None:
         self.layers, self.pruner, self.backend = layers, pruner, backend
+        self.earlier = EarlierKeys(layers, pruner)
         self.prompt: dict[int, list[Bypass]] = {}
         self.decoding: dict[int, list[Bypass]] = {}
         for bypass in pruner.method.bypasses:
@@ -84,7 +86,7 @@ class Bypasses:
     @property
     def acts(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self.prompt or self.decoding or self.pruner.method.observes)
+        return bool(self.prompt or self.decoding or self.pruner.method.observes or self.earlier.parts)
 
     def _check(self, layer: int, chosen: list[Bypass]) -> None:
         """Several choices in one part of a layer go together if they choose among different tokens and leave the same keys."""
@@ -106,10 +108,29 @@ class Bypasses:
                 hooks.wrap(attention_of(layer), "forward", self._around_attention(number, attention_of(layer)))
             if parts & {"mlp", "block"}:
                 hooks.wrap(layer.mlp, "forward", self._around_mlp(number))
+            for bypass in self.prompt.get(number, []):
+                if bypass.weigh is not None:
+                    hooks.wrap(layer, "forward", self._weighing(bypass))
+        self.earlier.attach(hooks)
         for observe in self.pruner.method.observes:
             self._attach_observe(hooks, observe)
 
     # prompts
+
+    def _weighing(self, bypass: Bypass) -> Callable[..., Any]:
+        """What a block adds to the rows that a budget chose, scaled."""
+
+        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            hidden, session = args[0] if args else kwargs["hidden_states"], self.pruner.session
+            output = original(*args, **kwargs)
+            picked = None if session is None else session.memo.get(("picked", id(bypass)))
+            if session is None or picked is None:
+                return output
+            assert bypass.weigh is not None
+            chosen, weights = (picked[0] & session.mask_of(bypass.tokens))[..., None], bypass.weigh(hidden)[..., None]
+            return _first(output, lambda out: torch.where(chosen, hidden + weights.to(out.dtype) * (out - hidden), out))
+
+        return forward
 
     def choose(self, session: Session, number: int, hidden: Tensor, collect: Collect) -> Rows | None:
         """Which rows run through the attention (and MLP, of a whole block) of a layer, by budgets; noted for the MLP."""
@@ -191,6 +212,9 @@ class Bypasses:
         return forward
 
     def _filling(self, number: int, attn: nn.Module, hidden: Tensor, rows: Rows, cache: Any) -> Filled:
+        if number in self.earlier.parts:
+            return self.earlier.given(number, cache, rows.rotary)  # type: ignore[no-any-return]
+
         def fill(keys: Tensor, values: Tensor) -> KeysValues:
             own = project_keys_values(attn, hidden, rows.rotary)
             if rows.kv != "copy_prev_layer":

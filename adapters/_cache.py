@@ -147,6 +147,20 @@ class PrunedLayer(CacheLayerMixin):
             return view.take(out[0]), view.take(out[1])
         return out
 
+    @property
+    def can_share(self) -> bool:
+        """Whether the entries are plain tensors that another layer can hold, too."""
+        return type(self.inner) is DynamicLayer and self.selection is None
+
+    def hold(self, lower: PrunedLayer) -> tuple[Tensor, Tensor]:
+        """Instead of `update`: have the entries of a lower layer, which has been updated in this call, as the same tensors."""
+        inner: Any = self.inner
+        if not inner.is_initialized:
+            inner.lazy_initialization(lower.inner.keys, lower.inner.values)
+        inner.keys, inner.values = lower.inner.keys, lower.inner.values
+        self.keymap, self.length, self.pending = lower.keymap, lower.length, None
+        return inner.keys, inner.values
+
     def skip(self, hidden: Tensor) -> None:
         """The layer does not run: its tokens (B, L, D) count, but leave no entry."""
         batch, device = hidden.shape[0], hidden.device

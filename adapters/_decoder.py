@@ -18,7 +18,9 @@ from vlprune.adapters._bypass import Bypasses, Rows, fill_layer
 from vlprune.adapters._cache import KeyMap, PrunedLayer, wrap_cache
 from vlprune.adapters._decode_select import DecodeSelects
 from vlprune.adapters._decoder_taps import DecoderTaps, attention_of
+from vlprune.adapters._experts import Experts
 from vlprune.adapters._head_attention import HeadAttention
+from vlprune.adapters._text_calls import cached_length
 from vlprune.errors import UnsupportedCallError, UnsupportedModelError
 from vlprune.hooks import HookSet
 from vlprune.method import Attend, LayerSkip
@@ -47,6 +49,7 @@ class DecoderEngine:
         self.taps = DecoderTaps(self.layers, pruner, final_norm(decoder))
         self.selects = DecodeSelects(self.layers, pruner, lambda: self.backend)
         self.bypasses = Bypasses(self.layers, pruner, lambda: self.backend)
+        self.experts = Experts(self.layers, pruner)
         self.causal = bool(getattr(attention_of(self.layers[0]), "is_causal", True))
         self.tower_cuts = bool(pruner.stages("vision"))
         self.renumber = pruner.positions == "renumber" and bool(self.stages or self.tower_cuts)
@@ -70,7 +73,7 @@ class DecoderEngine:
     def acts(self) -> bool:
         """Whether there is anything to do in this decoder."""
         method = self.pruner.method
-        return bool(self.stages or self.tower_cuts or self.bypasses.acts or method.attends or method.layer_skips or self.selects.selects)
+        return bool(self.stages or self.tower_cuts or self.bypasses.acts or method.attends or method.layer_skips or self.selects.selects or self.experts.masks)
 
     def attach(self, hooks: HookSet) -> None:
         """Put the hooks on."""
@@ -88,6 +91,7 @@ class DecoderEngine:
         self.taps.attach(hooks)
         self.selects.attach(hooks)
         self.bypasses.attach(hooks)
+        self.experts.attach(hooks)
         HeadAttention(self.layers, self.pruner).attach(hooks)
         for skip in self.pruner.method.layer_skips:
             hooks.wrap(self.layers[skip.layer], "forward", self._skipping(skip))
@@ -148,7 +152,7 @@ class DecoderEngine:
             self._follow(session, cache, hidden)
         if session is not None:
             entry = self._entry(cache, 0)
-            session.trace.past_length = 0 if entry is None else int(entry.length)
+            session.trace.past_length = cached_length(cache) if entry is None else int(entry.length)
             session.trace.kv_element_bytes = hidden.element_size()
 
     def _follow(self, session: Session | None, cache: Any, hidden: Tensor) -> None:

@@ -17,6 +17,7 @@ from vlprune.pruner import ItemState, Pruner, Session
 
 #: Attention rows of text tokens, onto the item's columns.
 ROW_KINDS = ("last_row", "text_rows", "text_mass", "text_max", "rater_rows", "rater_rows_plus")
+COLUMN_KINDS = ("received",)
 RATER_KINDS = ("rater_rows", "rater_rows_plus")
 KEY_KINDS = ("key_l1", "text_key_l1")
 #: Made from the hidden states at the point; no layer is looked into.
@@ -45,7 +46,7 @@ class DecoderTaps:
             if tap.layer >= point_layer or tap.kind in STATE_KINDS:
                 continue
             layer = self.layers[tap.layer]
-            if tap.kind in (*ROW_KINDS, *KEY_KINDS):
+            if tap.kind in (*ROW_KINDS, *KEY_KINDS, *COLUMN_KINDS):
                 hooks.after(attention_of(layer), self._clocked(self._attention_hook(tap)))
             else:
                 hooks.after(attention_of(layer), self._clocked(self._transition_hook(tap, 0)))
@@ -80,7 +81,7 @@ class DecoderTaps:
         self, session: Session, kwargs: Callable[[], dict[str, Any]], entry: PrunedLayer | None, hidden: Tensor, number: int
     ) -> None:
         """Before a layer whose attention runs on some rows only: look at what later choices want to know of it, as if all ran."""
-        taps = [tap for tap in self.first_use if tap.layer == number and tap.kind in (*ROW_KINDS, *KEY_KINDS)]
+        taps = [tap for tap in self.first_use if tap.layer == number and tap.kind in (*ROW_KINDS, *KEY_KINDS, *COLUMN_KINDS)]
         if not taps:
             return
         layer: Any = self.layers[number]
@@ -146,6 +147,9 @@ class DecoderTaps:
         columns = torch.stack([state.slots for state in group]) + past
         if not (ran and entry is not None):
             session.trace.scorer_flops += 2.0 * states.shape[0] * states.shape[1] * states.shape[-1] * keys.shape[1] * keys.shape[3]
+        if tap.kind in COLUMN_KINDS:
+            received = self._received(session, tap, attn, states, kwargs, keys, past)    # (B, S)
+            return torch.gather(received[rows], 1, columns)
         if tap.kind in KEY_KINDS:
             return torch.gather(keys.float().abs().sum(dim=(1, 3))[rows], 1, columns if tap.kind == "key_l1" else slots + past)
         queries = _attention.project(attn, states[rows[:, None], slots], "q")            # (G, H, T, d)
@@ -169,6 +173,26 @@ class DecoderTaps:
             return rater_rows_plus(attention, weights, response, int(tap.options[0]))
         received = (attention.mean(dim=1) * weights[..., None]).sum(dim=1)               # (G, n)
         return received.sum(dim=1, keepdim=True).expand_as(received) if tap.kind == "text_mass" else received
+
+    def _received(self, session: Session, tap: Tap, attn: nn.Module, states: Tensor, kwargs: dict[str, Any], keys: Tensor, past: int) -> Tensor:
+        """(B, S) attention onto every key, from all entries that are neither padding nor filler; once for all groups of a layer."""
+        key = ("received", tap, id(session.index))
+        if key not in session.memo:
+            queries, rotary = _attention.project(attn, states, "q"), kwargs.get("position_embeddings")
+            if rotary is not None:
+                queries = _attention.rotate(attn, queries, *rotary)
+            filler = session.valid if past == 0 else None
+            batch, width = torch.arange(states.shape[0], device=states.device), queries.shape[1] * queries.shape[3]
+
+            def mask_rows(slots: Tensor) -> Tensor:
+                return _attention.mask_rows(
+                    kwargs.get("attention_mask"), slots.expand(states.shape[0], -1), batch, past, keys.shape[2], filler, bool(getattr(attn, "is_causal", True))
+                )
+
+            session.trace.scorer_flops += 2.0 * width * states.shape[0] * states.shape[1] * (keys.shape[2] + states.shape[-1])
+            how = str(tap.options[0]) if tap.options else "sum"
+            session.memo[key] = (_attention.received(attn, queries, keys, mask_rows, session.real_tokens(), how), session.index)
+        return session.memo[key][0]  # type: ignore[no-any-return]
 
     # raters
 

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from vlprune.adapter import Adapter
 from vlprune.adapters._decoder import DecoderEngine
 from vlprune.adapters._decoder_taps import KEY_KINDS, ROW_KINDS, STATE_KINDS
+from vlprune.adapters._experts import routed_width
 from vlprune.adapters._text_calls import is_prompt, refuse_pieces
 from vlprune.errors import UnsupportedCallError, UnsupportedPointError
 from vlprune.flops import TowerShape
@@ -213,7 +214,8 @@ class VisionLanguageAdapter(Adapter):
                     "chunked prefill does not (set generation_config.prefill_chunk_size=None)."
                 )
             tokens = ids if ids is not None else embeds
-            if not pruner.on_text or tokens is None or not is_prompt(tokens.shape[1], cache):
+            counted = pruner.on_text or bool(pruner.method.route_masks)                  # choices among experts are reported for text-only prompts, too
+            if not counted or tokens is None or not is_prompt(tokens.shape[1], cache):
                 return
         if given.get("output_attentions") or getattr(self.decoder.config, "output_attentions", False):
             raise UnsupportedCallError("output_attentions=True would return maps of different sizes by layer; remove the pruning to look at attention maps")
@@ -329,6 +331,7 @@ class VisionLanguageAdapter(Adapter):
 def decoder_shape(decoder: nn.Module) -> TowerShape:
     """Widths of a Llama-like decoder, from its config and its first layer."""
     config: Any = decoder.config
+    routed, mlp = routed_width(decoder), decoder.layers[0].mlp  # type: ignore[index, union-attr]
     heads = int(config.num_attention_heads)
     width = int(config.hidden_size)
     return TowerShape(
@@ -337,8 +340,8 @@ def decoder_shape(decoder: nn.Module) -> TowerShape:
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or width // heads),
-        hidden=int(config.intermediate_size),
-        gated=isinstance(getattr(decoder.layers[0].mlp, "gate_proj", None), nn.Module) or hasattr(decoder.layers[0].mlp, "gate_up_proj"),  # type: ignore[index, union-attr]
+        hidden=routed or int(config.intermediate_size),
+        gated=routed is not None or isinstance(getattr(mlp, "gate_proj", None), nn.Module) or hasattr(mlp, "gate_up_proj"),
         vocabulary=int(getattr(config, "vocab_size", 0)),
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlprune.adapters._experts import expert_layers
 from vlprune.adapters._structure import decoder_in, has_multimodal_rope, missing_in
 from vlprune.adapters._vlm import Features, VisionLanguageAdapter
 from vlprune.errors import UnsupportedModelError
@@ -67,7 +68,7 @@ class GeneralAdapter(VisionLanguageAdapter):
     @property
     def facts(self) -> ModelFacts:
         """The decoder; the tower is not looked into."""
-        return ModelFacts(decoder_layers=self.decoder_depth, signals=self.offers_in_decoder)
+        return ModelFacts(decoder_layers=self.decoder_depth, signals=self.offers_in_decoder, expert_layers=expert_layers(self.decoder))
 
     def default_method(self) -> tuple[str, float]:
         """A method that needs no vision signals."""

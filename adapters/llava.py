@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlprune.adapters._experts import expert_layers
 from vlprune.adapters._packed_tower import Cells, PackedTower, halved, strided
 from vlprune.adapters._projector import sensitivity
 from vlprune.adapters._vision import ATTENTION_KINDS, CLS_KINDS, STATE_KINDS, VisionTaps
@@ -98,6 +99,7 @@ class LlavaAdapter(VisionLanguageAdapter):
             global_vision_layers=tuple(range(depth)),
             has_cls=self.has_cls,
             signals=self.vision_signals | self.offers_in_decoder,
+            expert_layers=expert_layers(self.decoder),
         )
 
     def dimensions(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlprune.adapters._experts import expert_layers
 from vlprune.adapters._projector import sensitivity
 from vlprune.adapters._tower_sequence import TowerSequence
 from vlprune.adapters._vision import ATTENTION_KINDS, CLS_KINDS, STATE_KINDS, VisionTaps
@@ -80,6 +81,7 @@ class QwenVLAdapter(VisionLanguageAdapter):
             global_vision_layers=tuple(range(depth)) if whole is None else tuple(sorted(int(block) for block in whole)),
             has_cls=False,
             signals=self.vision_signals | self.offers_in_decoder,
+            expert_layers=expert_layers(self.decoder),
         )
 
     def dimensions(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vlprune.adapter import Adapter
 from vlprune.adapters._cache import wrap_cache
 from vlprune.adapters._decoder import DecoderEngine
+from vlprune.adapters._experts import expert_layers
 from vlprune.adapters._structure import decoder_in, has_multimodal_rope, missing_in
 from vlprune.adapters._text_calls import is_prompt, refuse_pieces
 from vlprune.adapters._vlm import decoder_shape, valid_tokens
@@ -71,7 +72,9 @@ class TextDecoderAdapter(Adapter):
     @property
     def facts(self) -> ModelFacts:
         """The decoder is all there is."""
-        return ModelFacts(decoder_layers=self.decoder_depth, signals=ROW_SET_KINDS, token_sets=self.token_sets)
+        return ModelFacts(
+            decoder_layers=self.decoder_depth, signals=ROW_SET_KINDS, token_sets=self.token_sets, expert_layers=expert_layers(self.decoder)
+        )  # fmt: skip
 
     def points(self) -> list[str]:
         """Every layer's input; what is the point behind the features elsewhere is the first one here."""
@@ -119,7 +122,9 @@ class TextDecoderAdapter(Adapter):
         session = Session(pruner, layout, tokens.device)
         session.trace.layout = layout
         session.trace.shapes = self.dimensions()
-        cache = given.get("past_key_values")
+        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        plain = mask.dim() == 2 if isinstance(mask, Tensor) else mask is None and given.get("position_ids") is None
+        session.plain = plain and not getattr(self.decoder.config, "attention_chunk_size", None)
         if session.idle:
             session.memo["idle"] = True                                  # the cache stays as it is: bit for bit the untouched model
         elif cache is not None:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vlprune
+from vlprune.adapter import find_adapter
+from vlprune.api import build_method
+from vlprune.budget import Budget
 from vlprune.errors import VlpruneError
 from vlprune.evals import recall
 from vlprune.evals.journal import write_whole
 from vlprune.evals.statistics import mean_of, paired
-from vlprune.fitting import fitting
+from vlprune.fitting import Fit, fitting
+from vlprune.kernels.top_attention import most_of
 from vlprune.method import PruningMethod
 from vlprune.methods.random_drop import RandomScore
+from vlprune.protocols import HeadChoice, HeadInputs
 from vlprune.selectors import TopK
 
 ASSETS = Path(vlprune.__file__).parent / "assets" / "tiny_recall"
@@ -57,13 +63,46 @@ class RandomChoice:
         return drawn.masked_fill(attention == -math.inf, -1.0).topk(most, dim=-1).indices
 
 
+@dataclass(frozen=True)
+class RandomKeys:
+    """Random keys for every head at every decoding step, as many as a budget says, the newest among them; for batches without padding."""
+
+    budget: Budget
+    seed: int = 0
+
+    def __call__(self, inputs: HeadInputs) -> HeadChoice | None:
+        """Keys (B, Hkv, K); ``None`` in prompts, and where the budget is all of them."""
+        batch, heads, total = inputs.keys.shape[:3]
+        most = most_of(self.budget, total)
+        if inputs.phase == "prefill" or most >= total:
+            return None
+        generator = torch.Generator().manual_seed(hash((self.seed, inputs.layer, total)))
+        drawn = torch.rand(batch, heads, total, generator=generator)
+        drawn[..., -1] = 2.0
+        return HeadChoice(keys=drawn.topk(most, dim=-1).indices.sort(dim=-1).values.to(inputs.keys.device))
+
+
+def random_beside(model: Any, one: Fit, keep: float) -> PruningMethod | None:
+    """The random baseline of a method: what its option ``ranking`` or ``router`` makes of it, or the same places with random choices."""
+    options = signature(one.card.build).parameters
+    for name, value in (("ranking", "random"), ("router", "random")):
+        if name in options and not (name == "router" and "ranking" in options):
+            try:
+                return build_method(one.card, find_adapter(model).facts, keep, {name: value})[0]
+            except VlpruneError:
+                continue                                                 # it knows no such value
+    return random_like(one.method)
+
+
 def random_like(method: PruningMethod, seed: int = 0) -> PruningMethod | None:
     """The same method with random choices; ``None`` where it makes none among tokens."""
     stages = tuple(replace(stage, scorer=RandomScore(seed), selector=TopK()) for stage in method.stages)
     bypasses = tuple(replace(b, scorer=RandomScore(seed), selector=None) if b.budget is not None and b.scorer is not None else b for b in method.bypasses)
     selects = tuple(replace(select, choose=RandomChoice(seed), reuse=None) for select in method.decode_selects)
-    chooses = bool(stages or selects) or any(b.budget is not None and b.scorer is not None for b in method.bypasses)
-    return replace(method, name="random", stages=stages, bypasses=bypasses, decode_selects=selects) if chooses else None
+    budgets = [getattr(attend.choose, "budget", None) if attend.phase == "decode" else None for attend in method.attends]
+    heads = tuple(a if budget is None else replace(a, choose=RandomKeys(budget, seed)) for a, budget in zip(method.attends, budgets, strict=True))
+    chooses = bool(stages or selects) or heads != method.attends or any(b.budget is not None and b.scorer is not None for b in method.bypasses)
+    return replace(method, name="random", stages=stages, bypasses=bypasses, attends=heads, decode_selects=selects) if chooses else None
 
 
 # stories
@@ -184,7 +223,7 @@ def measure(
                 continue
             try:
                 numbers = study.run(one.method)
-                chance = random_like(one.method)
+                chance = random_beside(study.model, one, float(keep))
                 beside = None if chance is None else study.run(chance)
             except VlpruneError as error:
                 left_out[one.name] = str(error)

@@ -76,7 +76,7 @@ def check_one_long_forward(family: TinyFamily, model: Any, method: vlprune.Pruni
     whole, kwargs = longer(family, model, inputs, new)
     ran, hidden = what_ran(method, trace, notes, tuple(inputs["input_ids"].shape), new.shape[1], depth)
     copies = {part.layer for part in (*method.bypasses, *method.layer_skips) if part.kv == "copy_prev_layer"}
-    expected = long_forward(model, whole, ran, hidden, copies, **kwargs)[:, start - 1 :]
+    expected = long_forward(model, whole, ran, hidden, copies, notes.heads, **kwargs)[:, start - 1 :]
     torch.testing.assert_close(torch.stack(out.logits, 1), expected, **TOLERANCE)
     plain = long_forward(model, whole, {key: torch.ones_like(runs) for key, runs in ran.items()}, [torch.zeros_like(h) for h in hidden], set(), **kwargs)
     assert not torch.allclose(expected, plain[:, start - 1 :], atol=1e-3), "nothing was skipped: the test shows nothing"

@@ -23,7 +23,7 @@ class Expected:
         prompt: of the first sample, letter for letter.
         right, wrong: answers to it.
         kinds: of all samples, in order.
-        file: annotations, without which loading is an error that names them.
+        file: annotations, without which loading is an error that names them; empty where there are only videos.
         video: of the first sample.
     """
 
@@ -218,7 +218,19 @@ def gif(path: Path) -> None:
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=120, loop=0)
 
 
+# ours
+
+
+def sign_language(folder: Path, clip: Clip) -> Expected:
+    for word in ("again", "bird", "book", "eat", "help", "no", "thank_you", "yes"):
+        clip(folder / "intel_asl" / f"{word}.mkv")
+    (folder / "intel_asl" / "LICENSE").write_text("CC-BY-4.0")
+    prompt = f"Which word is signed in the video?\nA. again\nB. book\nC. help\nD. thank you\n{DIRECTLY}"
+    return Expected(prompt, ("A", "again", "A. again"), ("B", "bird", ""), ("",) * 8, "", "intel_asl/again.mkv")
+
+
 LAYOUTS: dict[str, Callable[[Path, Clip], Expected]] = {
     "video-mme": video_mme, "video-mme-subtitles": video_mme, "mvbench": mvbench, "next-qa": next_qa, "egoschema": egoschema, "longvideobench": longvideobench,
     "longvideobench-subtitles": longvideobench, "mlvu": mlvu, "activitynet-qa": activitynet_qa, "msvd-qa": msvd_qa, "msrvtt-qa": msrvtt_qa, "tgif-qa": tgif_qa,
+    "sign-language": sign_language,
 }  # fmt: skip

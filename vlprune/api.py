@@ -80,6 +80,7 @@ class PruneHandle:
         choosing: tuple[Any, ...] = (*method.stages, *method.bypasses)
         labels = [*(part.point.label for part in choosing), *(bypass.label for bypass in method.patch_bypasses)]
         labels += [f"llm:{skip.layer}" for skip in method.layer_skips]
+        labels += [f"llm:{attend.layer}.heads" for attend in method.attends if attend.choose is not None]
         stages = ", ".join(labels if len(labels) < 7 else (*labels[:3], "...", labels[-1])) or "no stage"
         return f"<PruneHandle {self.method.name} on {type(self.model).__name__} at {stages}; {state}>"
 
@@ -233,10 +234,18 @@ def check_stages(method: PruningMethod, adapter: Adapter) -> None:
     for guest in method.guests:
         if VisionMiddle(guest.layer).label not in points:
             raise UnsupportedPointError(f"{method.name} adds tokens to the attention of vision block {guest.layer}, which this {adapter.name} model cannot.")
-    parts: tuple[Any, ...] = (*method.bypasses, *method.layer_skips, *method.observes, *method.attends)
+    parts: tuple[Any, ...] = (*method.bypasses, *method.layer_skips, *method.observes, *method.attends, *method.keys_from, *method.route_masks)
     for part in parts:
         if f"llm:{part.layer}" not in points:
             raise UnsupportedPointError(f"{method.name} acts in decoder layer {part.layer}, which this {adapter.name} model does not have.")
+    for mask in method.route_masks:
+        able = adapter.facts.expert_layers
+        if mask.layer not in able:
+            which = f"layers {', '.join(map(str, able))} have them" if able else "no layer of it has them"
+            raise UnsupportedPointError(
+                f"{method.name} chooses among the experts of decoder layer {mask.layer}; looked for a router (mlp.gate) with its experts (mlp.experts) there, "
+                f"and in this {adapter.name} model {which}. It takes a mixture of experts, such as Qwen3-VL-MoE."
+            )
     for skip in method.bypasses:
         offered = adapter.offers(LLMLayer(skip.layer + (skip.part == "mlp"))) & (ROW_SET_KINDS if skip.tokens != "visual" else frozenset(TAP_KINDS))
         for tap in skip.needs:

@@ -16,12 +16,14 @@ class Budget:
 
     ``rounding`` is ``"round"`` (Python's, half to even: what most reference programs call) or ``"floor"``
     (``int()``), as a paper's code does it. At least one token stays, unless the budget is an explicit 0.
+    ``at_most``: a number above those that an item has is all of them, not an error.
     """
 
     keep: Keep
     rounding: str = "round"
     allow_zero: bool = False
     at_least_one_frame: bool = False
+    at_most: bool = False
 
     def __post_init__(self) -> None:
         keep = self.keep
@@ -47,6 +49,8 @@ class Budget:
     def num_keep(self, num_tokens: int, num_frames: int = 1) -> int:
         """Return how many of an item's ``num_tokens`` in ``num_frames`` stay, between 1 (0 if allowed) and ``num_tokens``."""
         if isinstance(self.keep, int) and self.keep > 0:
+            if self.keep > num_tokens and self.at_most:
+                return num_tokens
             if self.keep > num_tokens:
                 raise OptionError(
                     f"keep={self.keep} tokens per visual item, but an item here has only {num_tokens}. "

@@ -1,5 +1,4 @@
-"""The command line: ``vlprune demo``, ``vlprune methods``, ``vlprune inspect``, ``vlprune bench``, ``vlprune draw``, ``vlprune tune``, ``vlprune calibrate``,
-``vlprune eval``."""
+"""The command line: ``vlprune demo``, ``methods``, ``inspect``, ``bench``, ``draw``, ``tune``, ``calibrate`` and ``eval``."""
 
 from __future__ import annotations
 
@@ -264,8 +263,8 @@ def calibrate(
     """Measure on texts of yours what a method wants to know of a model. Goes on where it was stopped."""
     with one_clear_line():
         from vlprune.skipping import calibrate as job
-        from vlprune.skipping.texts import check_source, load_text_model, read_texts
         from vlprune.skipping.progress import bar
+        from vlprune.skipping.texts import check_source, load_text_model, read_texts
 
         job.calibration_of(method)                                       # mistakes are told before a model is loaded
         options = job.parse_options(option or [])

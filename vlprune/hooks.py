@@ -45,6 +45,12 @@ class HookSet:
 
         self._undo.callback(undo)
 
+    def put(self, obj: Any, name: str, value: Any) -> None:
+        """Set the attribute ``obj.name`` on this instance, which has it already."""
+        previous = getattr(obj, name)
+        setattr(obj, name, value)
+        self._undo.callback(setattr, obj, name, previous)
+
     def remove(self) -> None:
         """Take everything off; calling it again does nothing."""
         self._undo.close()

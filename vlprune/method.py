@@ -11,7 +11,7 @@ from torch import Tensor
 from vlprune.budget import Budget, Keep
 from vlprune.errors import OptionError
 from vlprune.points import LLMPart, Point
-from vlprune.protocols import HeadChoice, HeadInputs, Reducer, ScoreInputs, Scorer, Selector, Step, Tap
+from vlprune.protocols import HeadChoice, HeadInputs, Reducer, RouteInputs, ScoreInputs, Scorer, Selector, Step, Tap
 from vlprune.tokens import TOKEN_SETS
 
 PARTS = ("attn", "mlp", "block")
@@ -110,6 +110,8 @@ class Bypass:
         budget, scorer, selector: how many of an item's tokens run, and which. Scorers see the input of the block (``"attn"``, ``"block"``), or what the
             MLP is given (``"mlp"``). 0 with ``Budget(0, allow_zero=True)``: none of them.
         decode: ``(Step) -> bool or a list of B bools`` on the host: whether the new token of the batch, or of each row, runs; ``None``: never.
+        weigh: for a whole block with a budget: ``(states (B, L, D) at the input of the block) -> (B, L)``, factors on what the block adds to those of
+            the token set that run; gradients reach a router through it. ``None``: nothing is scaled.
     """
 
     layer: int
@@ -123,9 +125,12 @@ class Bypass:
     scorer: Scorer | None = None
     selector: Selector | None = None
     decode: Callable[[Step], bool | Sequence[bool]] | None = None
+    weigh: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         check_tokens(self.tokens)
+        if self.weigh is not None and (self.part != "block" or self.budget is None):
+            raise OptionError("weigh scales what a whole block adds to the tokens that a budget chose: give part='block' and a budget, or leave it out")
         for name, given, known in (("part", self.part, PARTS), ("kv", self.kv, KV_POLICIES), ("phase", self.phase, PHASES)):
             if given not in known:
                 raise OptionError(f"{name}={given!r}: one of {', '.join(map(repr, known))}")
@@ -201,6 +206,7 @@ class Attend:
         choose: ``(HeadInputs) -> HeadChoice``, or ``None`` for everything: which keys each head sees, and which queries it asks with, in this call
             alone; the cache keeps all keys. Instead of ``keys``.
         phase: when ``choose`` is asked: ``"prefill"``, ``"decode"`` or ``"both"``. Steps of several new tokens without a prompt count as prefill.
+        stateless: ``choose`` looks at nothing of earlier calls (`HeadInputs.state`), so the cache may stay as the model made it.
     """
 
     layer: int
@@ -208,6 +214,7 @@ class Attend:
     tokens: str = "visual"
     choose: Callable[[HeadInputs], HeadChoice | None] | None = None
     phase: str = "prefill"
+    stateless: bool = False
 
     def __post_init__(self) -> None:
         check_tokens(self.tokens)
@@ -284,6 +291,46 @@ class DecodeSelect:
 
 
 @dataclass(frozen=True)
+class KeysFrom:
+    """Keys and values of a decoder layer are made of what an earlier block was given, for every token, in prompts and while decoding.
+
+    Attributes:
+        layer: 0-based decoder layer whose attention gets them.
+        source: 0-based decoder layer, at most ``layer``, at whose input the states are looked at.
+        project: ``(states (B, L, D)) -> (keys, values)``, both (B, L, Hkv d), before norms of heads and rotation.
+        query: ``(what the attention is given (B, L, D)) -> (B, L, H d)`` instead of the layer's own projection of queries; ``None``: that one.
+        share: lower layer whose keys and values are these: its entries of the cache are used and none are kept; ``None``: the layer's own.
+    """
+
+    layer: int
+    source: int
+    project: Callable[[Tensor], tuple[Tensor, Tensor]]
+    query: Callable[[Tensor], Tensor] | None = None
+    share: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.source <= self.layer:
+            raise OptionError(f"keys of layer {self.layer} from the input of layer {self.source}: the source is a layer from 0 to {self.layer}")
+        if self.share is not None and not self.source <= self.share < self.layer:
+            raise OptionError(f"share={self.share}: layer {self.layer} can use the keys of a layer from {self.source} to {self.layer - 1}")
+
+
+@dataclass(frozen=True)
+class RouteMask:
+    """Which of the experts that its router chose for a token run, in one decoder layer with experts; in prompts and while decoding.
+
+    An expert that does not run gives its token nothing; weights of the others stay as they are. Experts that every token shares always run.
+
+    Attributes:
+        layer: 0-based decoder layer.
+        choose: ``(RouteInputs) -> (T, k) bool``, true where the expert runs, or ``None`` for all of them.
+    """
+
+    layer: int
+    choose: Callable[[RouteInputs], Tensor | None]
+
+
+@dataclass(frozen=True)
 class PruningMethod:
     """What `vlprune.apply` puts on a model.
 
@@ -297,6 +344,8 @@ class PruningMethod:
         decode_selects: which visual keys are looked at while decoding.
         patch_bypasses: which patches run through the MLPs of vision blocks.
         guests: tokens from elsewhere in the attention of vision blocks.
+        keys_from: layers whose keys and values are made of an earlier layer's states.
+        route_masks: which experts run.
     """
 
     name: str
@@ -310,6 +359,8 @@ class PruningMethod:
     patch_bypasses: tuple[PatchBypass, ...] = ()
     guests: tuple[Guests, ...] = ()
     observes: tuple[Observe, ...] = ()
+    keys_from: tuple[KeysFrom, ...] = ()
+    route_masks: tuple[RouteMask, ...] = ()
 
     @property
     def token_sets(self) -> tuple[str, ...]:
@@ -330,7 +381,7 @@ class PruningMethod:
     @property
     def follows_decoding(self) -> bool:
         """Whether it acts by the step of a generation, so that a `GenerationState` is kept for it."""
-        parts: tuple[Any, ...] = (*self.bypasses, *self.attends)
+        parts: tuple[Any, ...] = (*self.bypasses, *(attend for attend in self.attends if not attend.stateless))
         return bool(self.layer_skips or self.observes or any(part.phase != "prefill" for part in parts))
 
 
@@ -345,6 +396,7 @@ class ModelFacts:
         has_cls: whether the vision tower carries a CLS token.
         signals: kinds that can be tapped.
         token_sets: what a prompt can hold, ``"visual"`` among it for models that see.
+        expert_layers: decoder layers with a router and experts.
     """
 
     decoder_layers: int = 0
@@ -354,6 +406,7 @@ class ModelFacts:
     has_cls: bool = False
     signals: frozenset[str] = frozenset()
     token_sets: tuple[str, ...] = TOKEN_SETS
+    expert_layers: tuple[int, ...] = ()
 
     @property
     def own_set(self) -> str:

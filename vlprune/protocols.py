@@ -34,6 +34,7 @@ VISION_KINDS: dict[str, str] = {
 #: What can be tapped in a decoder. ``text_*`` are aligned with the T text tokens after the item (`ScoreInputs.text_valid`).
 DECODER_KINDS: dict[str, str] = {
     "last_row": "(N,) head-mean attention row of the last prompt token",
+    "received": "(N,) head-mean attention that the tokens of the row pay it, summed; options[0]: 'mean' over them all, 'seen' over those that see it",
     "text_rows": "(N,) mean of such rows over the text tokens after the item",
     "text_mass": "(N,) mean share of attention that those text tokens pay to the item, the same for every token",
     "text_max": "(N,) largest attention weight over heads and over those text tokens",
@@ -49,7 +50,7 @@ DECODER_KINDS: dict[str, str] = {
 }
 TAP_KINDS = (*VISION_KINDS, *DECODER_KINDS)
 #: Signals that stages for ``"text"`` and ``"all"`` tokens can ask for; an item is then a row, and N counts its tokens without the protected ones.
-ROW_SET_KINDS = frozenset({"last_row", "transition", "key_l1", "normed"})
+ROW_SET_KINDS = frozenset({"last_row", "received", "transition", "key_l1", "normed"})
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,11 @@ class HeadInputs:
         tokens: in prompts, (B, Q) which of the new entries are in the token set of the `vlprune.method.Attend`; ``None`` while decoding.
         real: in prompts, (B, Q) which of the new entries are neither padding nor filler.
         state: of the generation; ``None`` where the method has nothing that follows decoding, or there is no cache.
+        past: in prompts, entries that were in the cache before the new ones.
+        real_counts: in prompts, for each row how many of the new entries are real, on the host.
+        counts: in prompts, for each row how many of the new entries are in the token set, on the host.
+        plain: in prompts, whether the mask means nothing but "causal, and no padding": no window, no blocks that see each other.
+        cap: soft cap on the logits, or ``None``.
     """
 
     layer: int
@@ -283,22 +289,55 @@ class HeadInputs:
     tokens: Tensor | None = None
     real: Tensor | None = None
     state: GenerationState | None = None
+    past: int = 0
+    real_counts: tuple[int, ...] | None = None
+    counts: tuple[int, ...] | None = None
+    plain: bool = False
+    cap: float | None = None
 
 
 @dataclass(frozen=True)
 class HeadChoice:
     """What each head attends to.
 
+    Places of ``keys`` and ``queries`` ascend in a prompt; one past the last entry is filler, which nobody sees and which gets no answer. With one new
+    token ``keys`` may also be (B, Hkv, K), one choice for the heads that share keys.
+
     Attributes:
-        keys: (B, H, K) int64, ascending: entries that a head sees; ``None``: all.
-        queries: (B, H, R) int64, ascending: new tokens that a head asks with, the others get nothing from it; ``None``: all. The same tensor as ``keys``
-            says that both are chosen alike; in a prompt without padding attention is then causal among them, and no mask is built.
+        keys: (B, H, K) int64: entries that a head sees; ``None``: all.
+        queries: (B, H, R) int64: new tokens that a head asks with, the others get nothing from it; ``None``: all. The same tensor as ``keys``
+            says that both are chosen alike: in a prompt on an empty cache whose mask is plain, attention is then causal among them, and no mask is built.
         seen: bool, broadcast to (B, H, R, K): pairs that may be seen at all, besides what the model's mask allows; ``None``: all.
+        out: (B, H, Q, d): the attention itself, where each query has keys of its own and the method has summed them up. Instead of the above.
+        pairs: query-key pairs of each row in a head's answer, mean over heads, where shapes do not say it (``out``).
+        flops: of the matrix products that choosing took.
     """
 
     keys: Tensor | None = None
     queries: Tensor | None = None
     seen: Tensor | None = None
+    out: Tensor | None = None
+    pairs: float | None = None
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class RouteInputs:
+    """What a choice among experts looks at: the tokens that reach the experts of one layer in one call, row after row.
+
+    Attributes:
+        layer: 0-based decoder layer.
+        probabilities: (T, k) float32: what the router gives the k experts that it chose for each token, out of 1 for all experts.
+        weights: (T, k) what their outputs are multiplied by, as the model has it.
+        experts: (T, k) int64, their numbers.
+        visual: (T,) bool, visual tokens; ``None``: none of them is.
+    """
+
+    layer: int
+    probabilities: Tensor
+    weights: Tensor
+    experts: Tensor
+    visual: Tensor | None = None
 
 
 def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ class Session:
     trace: Trace = field(default_factory=Trace)
     memo: dict[Any, Any] = field(default_factory=dict)
     projectors: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)     # by id of the item, see `ScoreInputs.project`
+    plain: bool = False                     # masks, windows aside, mean "causal, and no padding" and nothing else
 
     def __post_init__(self) -> None:
         self.lengths = [self.layout.length] * self.layout.num_rows
@@ -187,10 +188,11 @@ class Session:
 
     @property
     def idle(self) -> bool:
-        """Whether budgets alone say that nothing of this prompt leaves or passes by, and nothing else acts."""
+        """Whether budgets alone say that nothing of this prompt leaves or passes by, and nothing else acts on what the cache holds."""
         method = self.pruner.method
         masks = any(bypass.in_prompts and bypass.rows is not None for bypass in method.bypasses)
-        if method.follows_decoding or method.attends or method.decode_selects or masks:
+        keeps = any(attend.keys is not None or not attend.stateless for attend in method.attends)
+        if method.follows_decoding or keeps or method.decode_selects or method.keys_from or method.route_masks or masks:
             return False
         return all(
             num_to_keep(part.budget, state.item) >= state.slots.numel()

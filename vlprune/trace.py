@@ -68,6 +68,22 @@ class PointRecord:
         return result
 
 
+@dataclass(frozen=True)
+class HeadRecord:
+    """What the heads of one layer asked with in a prompt.
+
+    Attributes:
+        point: ``"llm:3.heads"``. method: name of the method. tokens: the set that was chosen from.
+        before, kept: real tokens of the whole batch that were there, and that each head kept (tokens outside the set count in both).
+    """
+
+    point: str
+    method: str
+    tokens: str
+    before: int
+    kept: int
+
+
 @dataclass
 class Trace:
     """Everything one prefill call did.
@@ -88,6 +104,12 @@ class Trace:
             where these are fewer than ``decoder_lengths`` says.
         decode_steps: decoding steps that followed, as far as they were counted. decode_skipped: by layer and part, how often its row of the batch was
             skipped in them, as a share summed over the steps.
+        shared_kv: decoder layers whose cache is that of a lower one.
+        experts: by decoder layer in which experts were chosen among: pairs of token and expert that ran, that the router chose, and the FLOPs of one.
+            decode_experts: the first two in the decoding steps that followed, all layers together.
+        pairs: by decoder layer whose heads chose, for each row of the batch, query-key pairs of a head (mean over heads).
+        heads: a record for each such layer, point ``"llm:3.heads"``: how many tokens each head asked with.
+        decode_keys: keys that heads looked at in decoding steps, and keys that were there; summed over the layers that chose, heads and steps.
     """
 
     points: list[PointRecord] = field(default_factory=list)
@@ -108,3 +130,9 @@ class Trace:
     ran: dict[tuple[int, str], Tensor] = field(default_factory=dict)      # (layer, "attn" or "mlp") -> (B, L) bool by original position
     decode_steps: int = 0
     decode_skipped: dict[tuple[int, str], float] = field(default_factory=dict)
+    shared_kv: set[int] = field(default_factory=set)
+    experts: dict[int, tuple[int, int, float]] = field(default_factory=dict)
+    decode_experts: tuple[int, int] = (0, 0)
+    pairs: dict[int, list[float]] = field(default_factory=dict)
+    heads: list[HeadRecord] = field(default_factory=list)
+    decode_keys: list[float] = field(default_factory=lambda: [0.0, 0.0])

@@ -35,7 +35,7 @@ def load(source: Source) -> list[Sample]:
     files = PictureFiles(source)
     samples = []
     for row in rows:
-        picture = files.of(shown.get(row["imageId"], {}), str(row["imageId"]))
+        picture = files.of(shown.get(row["imageId"], {}), row["imageId"])
         kind = (row.get("types") or {}).get("structural") or ""
         samples.append(Sample(str(row["id"]), f"{row['question']}\n{AFTER}", (row["answer"],), (picture,), kind=kind))
     files.check(samples)

@@ -38,7 +38,7 @@ def load(source: Source) -> list[Sample]:
         if label not in ("yes", "no"):
             raise OptionError(f"pope: {kind} question {row['question_id']} has the label {label!r}, which is neither 'yes' nor 'no'")
         prompt = f"{str(first(row, 'text', 'question')).strip()}\n{AFTER}"
-        samples.append(Sample(f"{kind}-{row['question_id']}", prompt, (label,), (files.of(row, str(row["image"])),), kind=kind))
+        samples.append(Sample(f"{kind}-{row['question_id']}", prompt, (label,), (files.of(row, row["image"]),), kind=kind))
     files.check(samples)
     return samples
 

@@ -6,13 +6,14 @@ Convention: attention always runs, so every key exists. Behind each layer betwee
 after it is taken; from ``tau`` on, the MLPs of the next ``skip`` layers are skipped. The first ``cold[0]`` and the last ``cold[1]`` layers, and the first
 ``warmup`` decoded tokens, are never touched. Each row of a batch has its own choice; reading it costs one host read for each layer that is looked at.
 
-The paper gives no values for tau and skip, and small models need not saturate: measure with `vlprune.skipping.saturation.saturation` on texts of yours,
-and take ``tau`` and ``cold`` from there (`vlprune.skipping.saturation.cold_regions`). ``keep`` is the share of the MLPs that every token runs at least: no
-more than the rest are skipped, the lowest ones first. The paper loses little up to 30 %.
+The paper gives no values for tau and skip, and small models need not saturate: measure with ``vlprune calibrate --method ffn_skip`` on texts of yours and
+give the folder as ``saturation``; then the cold regions are what lies outside the longest run of layers whose mean cosine reaches ``tau``. ``keep`` is the
+share of the MLPs that every token runs at least: no more than the rest are skipped, the lowest ones first. The paper loses little up to 30 %.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from vlprune.errors import OptionError
 from vlprune.method import Bypass, MethodCard, ModelFacts, Observe, PruningMethod
 from vlprune.methods._schedules import given_count, num_layers
 from vlprune.protocols import Step
+from vlprune.skipping.saturation import cold_regions, load_saturation
 
 LEFT, USED = "ffn_skip.left", "ffn_skip.used"
 
@@ -60,7 +62,14 @@ class Saturated:
 
 
 def ffn_skip(
-    facts: ModelFacts, keep: Keep = 0.75, *, tau: float = 0.95, skip: int = 3, cold: tuple[int, int] | None = None, warmup: int = 25
+    facts: ModelFacts,
+    keep: Keep = 0.75,
+    *,
+    tau: float = 0.95,
+    skip: int = 3,
+    cold: tuple[int, int] | None = None,
+    warmup: int = 25,
+    saturation: str | os.PathLike[str] | None = None,
 ) -> PruningMethod:
     """Skip MLPs while decoding, where they barely change anything.
 
@@ -71,11 +80,17 @@ def ffn_skip(
         skip: how many of the next MLPs are skipped.
         cold: how many of the first and of the last layers always run theirs; an eighth each (at least one) if not given.
         warmup: decoded tokens that run everything.
+        saturation: folder of ``vlprune calibrate --method ffn_skip``, from which the cold regions come, instead of ``cold``.
     """
     depth = facts.decoder_layers
     if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not -1 <= tau <= 1:
         raise OptionError(f"tau={tau!r}: a cosine")
     given_count("warmup", warmup, 0, "decoded tokens that run everything")
+    if saturation is not None:
+        if cold is not None:
+            raise OptionError("cold=... and saturation=...: give one of them")
+        cold = cold_regions(load_saturation(saturation, depth), tau)
+        cold = (max(1, cold[0]), cold[1])
     first, last = (max(1, round(depth / 8)),) * 2 if cold is None else cold
     given_count("cold[0]", first, 1, "first layers that always run their MLP")
     given_count("cold[1]", last, 0, "last layers that always run their MLP")

@@ -1,9 +1,9 @@
 """Small copies of a model's MLPs for `spts`, made once from some texts, layer by layer, and kept in one safetensors file a layer.
 
-    probe_dir = make_probes(model, model.get_decoder().layers, inputs, "probes", width=512, rank=192)
+    vlprune calibrate --method spts --model FOLDER --samples texts.jsonl --out probes
     vlprune.apply(model, "spts", probe="probes")
 
-Stopped in the middle, the same call goes on: layers whose file is there are not made again.
+Stopped in the middle, the same call goes on: texts that were looked at are not looked at again, layers whose file is there are not made again.
 """
 
 from __future__ import annotations
@@ -20,21 +20,33 @@ from torch import Tensor, nn
 from vlprune.errors import OptionError
 from vlprune.hooks import HookSet
 from vlprune.scorers.low_rank_ffn import ACTIVATIONS, LowRankMLP, slimmed
+from vlprune.skipping.layers import decoder_layers
+from vlprune.skipping.running_sums import Progress, RunningSums
 
 KIND = "vlprune.low_rank_ffn"
+OPTION = "probe"
+SUMS = "sums.safetensors"
 PAIRS = ("gate", "up", "down")
 
 
 @torch.no_grad()
 def channel_importance(
-    model: nn.Module, layers: Sequence[nn.Module], inputs: Iterable[Mapping[str, Any]], numbers: Sequence[int], share: float = 0.2
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    inputs: Iterable[Mapping[str, Any]],
+    numbers: Sequence[int],
+    share: float = 0.2,
+    *,
+    sums: RunningSums | None = None,
+    progress: Progress | None = None,
 ) -> dict[int, Tensor]:
     """(M,) for each layer in ``numbers``: how large the gated hidden of each channel gets, |act(gate) * up|.
 
     Of each text the mean over the channel's largest ``share`` of values, padding not counted; over texts, the mean weighted by their tokens.
+    ``sums``: where it is added up, to go on from what is there.
     """
-    sums: dict[int, Tensor] = {}
-    total, real = 0, [torch.ones(0)]
+    sums = RunningSums(None, {}) if sums is None else sums
+    real = [torch.ones(0)]
     hooks = HookSet()
 
     def look(number: int) -> Callable[..., None]:
@@ -42,37 +54,35 @@ def channel_importance(
             hidden = args[0].float().abs()                               # (B, L, M), what the last matrix is given
             values = hidden.reshape(-1, hidden.shape[-1])[real[0].to(hidden.device)]
             most = max(1, round(share * values.shape[0]))
-            mean = values.topk(most, dim=0).values.mean(dim=0) * values.shape[0]
-            sums[number] = sums[number] + mean if number in sums else mean
+            sums.add(f"layer_{number}", values.topk(most, dim=0).values.mean(dim=0) * values.shape[0])
 
         return hook
 
     try:
         for number in numbers:
             hooks.before(matrices(layers[number])[2], look(number))
-        for call in inputs:
+        for call in sums.over(inputs, progress):
             mask, ids = call.get("attention_mask"), call["input_ids"]
             flags = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
             real[0] = flags.reshape(-1)
-            total += int(flags.sum())
+            sums.add("tokens", float(flags.sum()))
             model(**call)
     finally:
         hooks.remove()
-    if not total:
-        raise OptionError("no texts to calibrate on; give some inputs with input_ids")
-    return {number: value / total for number, value in sums.items()}
+    return {number: (sums.tensors[f"layer_{number}"] / sums.tensors["tokens"]).float() for number in numbers}
 
 
 def make_probes(
     model: nn.Module,
     layers: Iterable[nn.Module],
-    inputs: Sequence[Mapping[str, Any]],
+    inputs: Iterable[Mapping[str, Any]],
     folder: str | os.PathLike[str],
     *,
     width: int = 512,
     rank: int = 192,
     share: float = 0.2,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+    resume: bool = True,
 ) -> Path:
     """Make and write a small copy of each layer's MLP that has no file yet.
 
@@ -84,30 +94,57 @@ def make_probes(
         width: channels that are kept of the MLP's own; too large is all there is.
         rank: of each factored matrix; too large is all there is.
         share: of each channel's values that count, the largest.
-        progress: told what goes on.
+        progress: told ``(done, total, what)``.
+        resume: go on from what is in the folder; else make everything anew.
 
     Raises:
-        OptionError: an MLP without gate, or files of other widths.
+        OptionError: an MLP without gate, files of other widths, other texts than a stopped call had, or numbers that make no sense.
     """
+    for name, value in (("width", width), ("rank", rank)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise OptionError(f"{name}={value!r}: a whole number from 1")
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise OptionError(f"share={share!r}: the share of each channel's values that count, above 0 and up to 1")
     blocks, target = list(layers), Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    for number in range(len(blocks)):
-        if (path := target / f"layer_{number}.safetensors").exists() and (found := _header(path)) != (str(width), str(rank)):
+    files = [target / f"layer_{number}.safetensors" for number in range(len(blocks))]
+    for path in (path for path in files if path.exists()):
+        if not resume:
+            path.unlink()
+        elif (found := _header(path)) != (str(width), str(rank)):
             raise OptionError(f"{path} has width and rank {', '.join(found)}, not {width}, {rank}: choose another folder, or the same numbers")
-    missing = [number for number in range(len(blocks)) if not (target / f"layer_{number}.safetensors").exists()]
+    missing = [number for number, path in enumerate(files) if not path.exists()]
     if not missing:
         return target
-    if progress is not None:
-        progress(f"{len(inputs)} texts for {len(missing)} layers")
-    importance = channel_importance(model, blocks, inputs, missing, share)
-    for number in missing:
+    setup = {"what": "channel importance", "layers": len(blocks), "model": type(model).__name__, "share": share}
+    sums = RunningSums(target / SUMS, setup, resume=resume)
+    if sums.done and any(f"layer_{number}" not in sums.tensors for number in missing):
+        sums = RunningSums(target / SUMS, setup, resume=False)           # layers that were there when the pass began are not any more
+    importance = channel_importance(model, blocks, inputs, missing, share, sums=sums, progress=progress)
+    for done, number in enumerate(missing, 1):
         gate, up, down = (part.weight.detach() for part in matrices(blocks[number]))
         channels = importance[number].topk(min(width, gate.shape[0])).indices.sort().values
         net = slimmed(gate, up, down, channels.to(gate.device), min(rank, channels.numel(), gate.shape[1]), activation_of(model))
-        _write(net, target / f"layer_{number}.safetensors", width, rank)
+        _write(net, files[number], width, rank)
         if progress is not None:
-            progress(f"layer {number}")
+            progress(done, len(missing), "layers")
+    sums.forget()
     return target
+
+
+def calibrate(
+    model: nn.Module,
+    inputs: Iterable[Mapping[str, Any]],
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    resume: bool = True,
+    width: int = 512,
+    rank: int = 192,
+    share: float = 0.2,
+) -> Path:
+    """`make_probes` for all layers of the model's decoder."""
+    return make_probes(model, decoder_layers(model), inputs, out, width=width, rank=rank, share=share, progress=progress, resume=resume)
 
 
 def load_probes(folder: str | os.PathLike[str], depth: int) -> list[LowRankMLP]:
@@ -119,7 +156,8 @@ def load_probes(folder: str | os.PathLike[str], depth: int) -> list[LowRankMLP]:
         path = Path(folder) / f"layer_{number}.safetensors"
         if not path.exists():
             raise OptionError(
-                f"probe={str(folder)!r} has no {path.name}: make them with vlprune.skipping.ffn_probe.make_probes for this model's {depth} layers"
+                f"probe={str(folder)!r} has no {path.name}: make them for this model's {depth} layers, with "
+                f"vlprune calibrate --method spts --model FOLDER --samples FILE --out {folder}"
             )
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
