@@ -1,17 +1,16 @@
 """Train the routers of VideoLLM-MoD on the embedded video model, and ask held-out questions with them and with random choices at the same budget.
 
-    python examples/train_videollm_mod.py --work out/videollm_mod --minutes 8
+    python examples/train_videollm_mod.py --work out/videollm_mod --guide 3
 
 Clips and questions are those of `vlprune.evals.moving_scenes`. In some decoder layers only a share of each frame's tokens runs, chosen by a linear router,
 and the others pass by: the upper half of the layers, since this model stays as it is (``--layers interleaved`` are the paper's, whose model trains along;
 what came of either: ``evals/results/videollm_mod``). Two steps:
 
 1. For ``--guide`` minutes the routers learn which tokens the untouched model's answer depends on: the size of the derivative of the right answer's logit
-   by the weight of what the block adds to a token, and by the token's weight as a key in that layer, as shares of each frame. The paper has no such step;
-   with a model that stays as it is, step 2 alone left the routers behind random choices.
+   by the weight of what the block adds to a token, and by the token's weight as a key in that layer, as shares of each frame. The paper has no such step.
 2. For ``--minutes`` they learn from the loss of the answers, as in the paper, through the weight of what a block adds (``weigh="through"``), with Gumbel
-   noise on the choice. The model stays as it is, or trains along with ``--model-lr``. Its rival is the same training of the model alone under random
-   choices, ``--stage rival`` (only with ``--model-lr``).
+   noise on the choice. That is for a model that trains along (``--model-lr``); with one that stays as it is it makes the routers worse, so there is none by
+   default. The rival is the same training of the model alone under random choices, ``--stage rival`` (only with ``--model-lr``).
 
 Stopped, the same command goes on from the last checkpoint. Written to ``--work``: ``routers.safetensors``, ready for
 ``vlprune.apply(model, "videollm_mod", router=...)``, the model if it was trained (``model.safetensors``), and ``results.json`` and ``results.md``.
@@ -249,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", default="deep", help="which layers have a router: interleaved, all or deep")
     parser.add_argument("--guide", type=float, default=3, help="minutes of step 1")
     parser.add_argument("--guide-lr", type=float, default=3e-3, help="of the routers in step 1")
-    parser.add_argument("--minutes", type=float, default=4, help="of step 2, and of the rival's training")
+    parser.add_argument("--minutes", type=float, default=0, help="of step 2, and of the rival's training")
     parser.add_argument("--steps", type=int, default=0, help="of each stage, instead of minutes: where stages are compared on a busy machine")
     parser.add_argument("--batch", type=int, default=8, help="clips a step")
     parser.add_argument("--lr", type=float, default=3e-3, help="of the routers in step 2")

@@ -18,7 +18,7 @@ from vlprune.evals.benchmark import Benchmark, Sample, Source
 from vlprune.evals.scoring import exact_match
 from vlprune.video import Clip
 
-COUNT = 320                                                              # twenty of a kind
+COUNT = 240                                                              # fifteen of a kind
 
 
 def load(source: Source) -> Iterable[Sample]:
