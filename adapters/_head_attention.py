@@ -144,7 +144,7 @@ class HeadAttention:
             pairs = asked * (asked + 1) / 2 if choice.keys is choice.queries and total == length else dense * (asked / length) * (seen / total)
         trace.pairs[attend.layer] = [float(pairs)] * session.layout.num_rows
         if choice.queries is not None and inputs.real_counts is not None:
-            kept = [min(asked, count) for count in inputs.real_counts]
+            kept = choice.counts or [min(asked, count) for count in inputs.real_counts]
             point = f"llm:{attend.layer}.heads"
             trace.heads.append(HeadRecord(point, self.pruner.method.name, attend.tokens, sum(inputs.real_counts), sum(kept)))
 

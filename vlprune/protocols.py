@@ -311,6 +311,7 @@ class HeadChoice:
         out: (B, H, Q, d): the attention itself, where each query has keys of its own and the method has summed them up. Instead of the above.
         pairs: query-key pairs of each row in a head's answer, mean over heads, where shapes do not say it (``out``).
         flops: of the matrix products that choosing took.
+        counts: of each row how many of ``queries`` are no filler, on the host; ``None``: as many as there are tokens to fill them.
     """
 
     keys: Tensor | None = None
@@ -319,6 +320,7 @@ class HeadChoice:
     out: Tensor | None = None
     pairs: float | None = None
     flops: float = 0.0
+    counts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

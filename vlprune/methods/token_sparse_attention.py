@@ -91,14 +91,14 @@ class SparseHeads:
             best = torch.where(mine[:, None], best, real.shape[1])                            # filler, behind everything
         index = best.sort(dim=-1).values
         flops = 0.0 if self.seed is not None else 2.0 * scores.shape[0] * scores.shape[1] * places.shape[1] * scores.shape[2] * inputs.queries.shape[3]
-        return HeadChoice(keys=index, queries=index, flops=flops)
+        return HeadChoice(keys=index, queries=index, flops=flops, counts=tuple(total))
 
     def _scores(self, inputs: HeadInputs, places: Tensor, exists: Tensor) -> Tensor:
         if self.seed is None:
             return window_attention(inputs, places, exists.float())
         batch, heads, length = inputs.queries.shape[:3]
         generator = torch.Generator().manual_seed(self.seed + inputs.layer)
-        drawn = torch.rand(heads, length, generator=generator).to(places.device, non_blocking=True)
+        drawn = torch.rand(length, heads, generator=generator).T.to(places.device, non_blocking=True)      # longer is more of the same
         assert inputs.real is not None
         order = (inputs.real.long().cumsum(dim=1) - 1).clamp(min=0)                           # the same for a row alone
         return torch.gather(drawn.expand(batch, -1, -1), 2, order[:, None].expand(-1, heads, -1))
