@@ -77,7 +77,7 @@ class _Times:
 
 def run(
     methods: Sequence[str] | None = None,
-    keep: float = 0.5,
+    keep: float | None = None,
     shape: str = "cpu",
     lengths: Sequence[int] = LENGTHS,
     batch: int = 1,
@@ -90,7 +90,7 @@ def run(
 
     Args:
         methods: names; ``None`` for all that reduce text, or text and visual tokens alike.
-        keep: what every method is given, in its own meaning (`vlprune list`).
+        keep: what every method is given, in its own meaning (`vlprune methods`); ``None``: each its default.
         shape: one of `vlprune.bench.SHAPES`, of which the decoder is built.
         lengths: tokens of the prompts.
         batch: prompts at a time.
@@ -121,14 +121,14 @@ def run(
         for name in names:
             try:
                 if name != DENSE:
-                    fits.append(fit(rig.model, name, keep, "text", untrained=True))
+                    fits.append(fit(rig.model, name, vlprune.get_method(name).default_keep if keep is None else keep, "text", untrained=True))
             except VlpruneError as error:
                 left_out[name] = reason(error)
         rows += _measure(rig, length, keep, fits, rounds, left_out, progress)
     return rows, left_out
 
 
-def _measure(rig: TextRig, length: int, keep: float, fits: list[Fit], rounds: int, left_out: dict[str, str], progress: Progress) -> list[TextRow]:
+def _measure(rig: TextRig, length: int, keep: float | None, fits: list[Fit], rounds: int, left_out: dict[str, str], progress: Progress) -> list[TextRow]:
     times = {name: _Times([], []) for name in (DENSE, *(one.name for one in fits))}
     for number in range(rounds + 1):
         for name, one in ((DENSE, None), *((one.name, one) for one in fits)):
@@ -159,7 +159,9 @@ def _measure(rig: TextRig, length: int, keep: float, fits: list[Fit], rounds: in
         mine, decode = statistics.median(found.prefill), statistics.median(found.decode)
         ratio = first / mine
         of_prompt, of_steps = (mine, ratio, found.flops, ratio / found.flops), (decode, step / decode)
-        rows.append(TextRow(length, one.name, f"{keep:g}", one.options, *of_prompt, *of_steps, found.stored, found.expected))
+        given = one.card.default_keep if keep is None else keep
+        words = f"{given:.4g}" if isinstance(given, (int, float)) else str(given)
+        rows.append(TextRow(length, one.name, words, one.options, *of_prompt, *of_steps, found.stored, found.expected))
     return rows
 
 
@@ -175,14 +177,14 @@ def markdown(rows: Sequence[TextRow], left_out: dict[str, str]) -> str:
 def table(rows: Sequence[TextRow]) -> list[str]:
     """Lines of a table of one length. What is slower than dense is marked."""
     lines = [
-        "| method | options | first token ms | speed-up | FLOPs ratio | efficiency | decode ms | decode speed-up | KV MB (expected) |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| method | keep | options | first token ms | speed-up | FLOPs ratio | efficiency | decode ms | decode speed-up | KV MB (expected) |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         slower = [words for words, ratio in (("prefill", row.speedup), ("decode", row.decode_speedup)) if ratio < NOISE]
         mark = f" (slower than dense: {', '.join(slower)})" if slower else ""
         lines.append(
-            f"| {row.method}{mark} | {row.options} | {row.prefill_ms:.0f} | {row.speedup:.2f} | {row.flops_ratio:.2f} | {row.efficiency:.2f} "
+            f"| {row.method}{mark} | {row.keep} | {row.options} | {row.prefill_ms:.0f} | {row.speedup:.2f} | {row.flops_ratio:.2f} | {row.efficiency:.2f} "
             f"| {row.decode_ms:.1f} | {row.decode_speedup:.2f} | {row.kv_bytes / 1e6:.1f} ({row.kv_bytes_expected / 1e6:.1f}) |"
         )
     return lines

@@ -126,7 +126,7 @@ def inspect(
 @app.command()
 def bench(
     methods: Annotated[str | None, typer.Option(help="Names with commas between; all if not given. dense and random always run.")] = None,
-    keep: Annotated[float | None, typer.Option(help="Share of tokens that stay: 1/9 of the visual ones if not given, half of the text ones.")] = None,
+    keep: Annotated[float | None, typer.Option(help="Share of tokens that stay; if not given 1/9, with --text each method's default.")] = None,
     shape: Annotated[str, typer.Option(help="A shape of vlprune.bench.SHAPES, such as cpu, tiny or llava-1.5-7b.")] = "cpu",
     batch: Annotated[int, typer.Option(help="Prompts at a time.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Counted runs of each method.", min=1)] = 5,
@@ -148,7 +148,7 @@ def bench(
             _bench_parts(names, 1 / 9 if keep is None else keep, shape, rounds, device, json, markdown)
             return
         if text:
-            _bench_text(names, 0.5 if keep is None else keep, shape, lengths, batch, rounds, device, json, markdown)
+            _bench_text(names, keep, shape, lengths, batch, rounds, device, json, markdown)
             return
         keep = 1 / 9 if keep is None else keep
         with Console(stderr=True).status("...") as status:
@@ -369,7 +369,7 @@ def _bench_parts(names: list[str] | None, keep: float, shape: str, rounds: int, 
 
 
 def _bench_text(
-    names: list[str] | None, keep: float, shape: str, lengths: str, batch: int, rounds: int, device: str | None, json: Path | None, markdown: Path | None
+    names: list[str] | None, keep: float | None, shape: str, lengths: str, batch: int, rounds: int, device: str | None, json: Path | None, markdown: Path | None
 ) -> None:
     from vlprune import bench, bench_text
 
@@ -381,7 +381,8 @@ def _bench_text(
         rows, left_out = bench_text.run(names, keep, shape, sizes, batch, rounds, device=device, progress=lambda text: status.update(text))
     environment = bench.environment(shape, batch, device)
     of_pictures = ("tower", "tower_width", "tower_heads", "visual", "text")
-    facts = {**{key: value for key, value in environment.items() if key not in of_pictures}, "keep": f"{keep:.4g}", "rounds": rounds}
+    share = "each method's default" if keep is None else f"{keep:.4g}"
+    facts = {**{key: value for key, value in environment.items() if key not in of_pictures}, "keep": share, "rounds": rounds}
     for size in sizes:
         head, _, *lines = bench_text.table([row for row in rows if row.length == size])
         table = Table(title=f"{size:,} tokens", title_justify="left", title_style="bold", pad_edge=False)
