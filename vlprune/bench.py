@@ -49,10 +49,11 @@ class Shape:
     dtype: str = "float32"
 
 
-#: ``cpu``: the default. The others have the widths and depths of published models, for a GPU; the architecture is LLaVA's in all of
-#: them, also where the widths are Qwen's (grouped keys, but one-dimensional positions and a plain tower).
+#: ``cpu``: the default; ``cpu-short``: a third of its layers, for very long prompts. The others have the widths and depths of published models, for a GPU; the
+#: architecture is LLaVA's in all of them, also where the widths are Qwen's (grouped keys, but one-dimensional positions and a plain tower).
 SHAPES = {
     "cpu": Shape(12, 1024, 16, 16, 2752, 9, 256, 4, 1600),
+    "cpu-short": Shape(4, 1024, 16, 16, 2752, 3, 256, 4, 1600),
     "tiny": Shape(4, 128, 4, 4, 344, 4, 64, 2, 400, 16),
     "llava-1.5-7b": Shape(32, 4096, 32, 32, 11008, 24, 1024, 16, 576, dtype="bfloat16"),
     "llava-next-7b": Shape(32, 4096, 32, 32, 11008, 24, 1024, 16, 2916, dtype="bfloat16"),
