@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from vlprune.adapter import Adapter
 from vlprune.adapters._decoder import DecoderEngine
-from vlprune.adapters._decoder_taps import KEY_KINDS, ROW_KINDS, STATE_KINDS
+from vlprune.adapters._decoder_taps import COLUMN_KINDS, KEY_KINDS, ROW_KINDS, STATE_KINDS
 from vlprune.adapters._experts import routed_width
 from vlprune.adapters._text_calls import is_prompt, refuse_pieces
 from vlprune.errors import UnsupportedCallError, UnsupportedPointError
@@ -115,7 +115,7 @@ class VisionLanguageAdapter(Adapter):
     @property
     def offers_in_decoder(self) -> frozenset[str]:
         """Kinds of decoder signals."""
-        return frozenset((*ROW_KINDS, *KEY_KINDS, *STATE_KINDS, "transition"))
+        return frozenset((*ROW_KINDS, *COLUMN_KINDS, *KEY_KINDS, *STATE_KINDS, "transition"))
 
     # hooks
 

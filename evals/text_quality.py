@@ -83,7 +83,12 @@ class RandomKeys:
 
 
 def random_beside(model: Any, one: Fit, keep: float) -> PruningMethod | None:
-    """The random baseline of a method: what its option ``ranking`` or ``router`` makes of it, or the same places with random choices."""
+    """The random baseline of a method: what its option ``ranking`` or ``router`` makes of it, or the same places with random choices.
+
+    ``None`` for adaptive ones: how many they keep is in the data, and a baseline with fewer or more would say nothing.
+    """
+    if one.card.adaptive:
+        return None
     options = signature(one.card.build).parameters
     for name, value in (("ranking", "random"), ("router", "random")):
         if name in options and not (name == "router" and "ranking" in options):

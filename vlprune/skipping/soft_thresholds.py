@@ -70,6 +70,7 @@ class SoftThresholds(nn.Module):
         if len(layers) != self.theta.numel():
             raise OptionError(f"{self.theta.numel()} thresholds, and this model has {len(layers)} layers")
         try:
+            hooks.before(_decoder_of(model), call.note)
             for number, layer in enumerate(layers):
                 hooks.before(layer, self._before(number, call))
                 if number + 1 < len(layers):
@@ -81,14 +82,15 @@ class SoftThresholds(nn.Module):
     def _before(self, number: int, call: _Call) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             hidden, mask = args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")
+            if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
+                raise UnsupportedCallError("soft thresholds need attn_implementation='sdpa' or 'eager'")
             if number == 0:
-                if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
-                    raise UnsupportedCallError("soft thresholds need attn_implementation='sdpa' or 'eager'")
-                call.begin(hidden, mask, self.protect)
+                call.begin(hidden, self.protect)
                 self.masks = []
+            call.enter(hidden, mask)
             if call.bias is None:
                 return None
-            return args, {**kwargs, "attention_mask": call.mask(mask, hidden)}
+            return args, {**kwargs, "attention_mask": call.mask(hidden)}
 
         return hook
 
@@ -100,7 +102,7 @@ class SoftThresholds(nn.Module):
             queries, keys = (_attention.project(module, hidden, which) for which in "qk")
             if kwargs.get("position_embeddings") is not None:
                 queries, keys = (_attention.rotate(module, part, *kwargs["position_embeddings"]) for part in (queries, keys))
-            mask = call.mask(kwargs.get("attention_mask") if call.bias is None else call.model_mask, hidden)
+            mask = call.mask(hidden)
             weights = call.real.float() if call.bias is None else call.real * call.bias.exp()
             how = "seen" if self.per == "seen" else "mean"
             p = _attention.received(module, queries, keys, lambda places: mask[:, :, places].float(), weights, how, open_to=call.open)
@@ -118,28 +120,43 @@ class SoftThresholds(nn.Module):
 class _Call:
     """What one prompt has come to."""
 
-    def begin(self, hidden: Tensor, mask: Tensor | None, protect: tuple[int, int]) -> None:
-        length, batch = hidden.shape[1], hidden.shape[0]
-        self.bias: Tensor | None = None
-        self.model_mask = mask
-        causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
-        if mask is None:
-            allowed = causal.expand(batch, 1, -1, -1)
-        else:
-            allowed = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).expand(batch, -1, -1, -1)[..., :length]
-        self.open = allowed[:, 0]                                        # (B, L, L)
-        self.real = self.open.diagonal(dim1=1, dim2=2) & (self.open.any(dim=1))
-        if mask is not None:                                             # padding may see itself, but no real token sees it
-            self.real = self.real & self.open[:, -1]
-        order = self.real.cumsum(dim=1)
-        count = order[:, -1:]
-        self.free = self.real & (order > protect[0]) & (order <= count - protect[1])
+    padding: Tensor | None = None
 
-    def mask(self, mask: Tensor | None, hidden: Tensor) -> Tensor:
+    def note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """The call of the decoder: which tokens are padding."""
+        given = kwargs.get("attention_mask")
+        self.padding = given if isinstance(given, Tensor) and given.dim() == 2 else None
+
+    def begin(self, hidden: Tensor, protect: tuple[int, int]) -> None:
+        """The first layer."""
+        self.bias: Tensor | None = None
+        batch, length = hidden.shape[:2]
+        everything = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
+        self.real = everything if self.padding is None else self.padding[:, -length:].to(hidden.device).bool()
+        order = self.real.cumsum(dim=1)
+        self.free = self.real & (order > protect[0]) & (order <= order[:, -1:] - protect[1])
+
+    def enter(self, hidden: Tensor, mask: Tensor | None) -> None:
+        """Each layer: (B, L, L) what its own mask lets see, windows among it."""
+        length = hidden.shape[1]
+        if mask is None:
+            self.open = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril() & self.real[:, None]
+        else:
+            allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            self.open = allowed.expand(hidden.shape[0], -1, -1, -1)[:, 0, :, :length]
+
+    def mask(self, hidden: Tensor) -> Tensor:
         """(B, 1, L, L) additive: what the model allows, and the biases."""
         lowest = torch.finfo(hidden.dtype).min
         hard = torch.zeros(self.open.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~self.open, lowest)[:, None]
         return hard if self.bias is None else (hard + self.bias[:, None, None].to(hidden.dtype)).clamp(min=lowest)
+
+
+def _decoder_of(model: nn.Module) -> nn.Module:
+    from vlprune.adapter import find_adapter
+
+    found: nn.Module = find_adapter(model).decoder  # type: ignore[attr-defined]
+    return found
 
 
 def _attention_of(layer: nn.Module) -> nn.Module:
