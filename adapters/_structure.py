@@ -41,6 +41,16 @@ def missing_in(decoder: Any) -> list[str]:
     return missing
 
 
+def require(model: nn.Module, missing: list[str]) -> None:
+    """An error that says what was looked for, if anything is missing."""
+    if missing:
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model_type {kind!r}) cannot be pruned by structure; looked for and did not find: {'; '.join(missing)}. "
+            "See CONTRIBUTING.md, 'Add a model family'."
+        )
+
+
 def has_multimodal_rope(decoder: Any) -> bool:
     """Whether the rotary ids have sections for time, height and width."""
     rope = getattr(decoder.config, "rope_parameters", None) or {}

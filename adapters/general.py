@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vlprune.adapters._experts import expert_layers
-from vlprune.adapters._structure import decoder_in, has_multimodal_rope, missing_in
+from vlprune.adapters._structure import decoder_in, has_multimodal_rope, missing_in, require
 from vlprune.adapters._vlm import Features, VisionLanguageAdapter
-from vlprune.errors import UnsupportedModelError
 from vlprune.method import ModelFacts
 from vlprune.protocols import Tap
 from vlprune.tokens import VisualItem, raster_grid, square_grid
@@ -29,13 +28,7 @@ class GeneralAdapter(VisionLanguageAdapter):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        missing = self._missing()
-        if missing:
-            kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-            raise UnsupportedModelError(
-                f"{type(model).__name__} (model_type {kind!r}) cannot be pruned by structure; looked for and did not find: {'; '.join(missing)}. "
-                "See CONTRIBUTING.md, 'Add a model family'."
-            )
+        require(model, self._missing())
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

@@ -16,10 +16,10 @@ from vlprune.adapter import Adapter
 from vlprune.adapters._cache import wrap_cache
 from vlprune.adapters._decoder import DecoderEngine
 from vlprune.adapters._experts import expert_layers
-from vlprune.adapters._structure import decoder_in, has_multimodal_rope, missing_in
+from vlprune.adapters._structure import decoder_in, has_multimodal_rope, missing_in, require
 from vlprune.adapters._text_calls import is_prompt, refuse_pieces
 from vlprune.adapters._vlm import decoder_shape, valid_tokens
-from vlprune.errors import UnsupportedCallError, UnsupportedModelError
+from vlprune.errors import UnsupportedCallError
 from vlprune.hooks import HookSet
 from vlprune.method import ModelFacts
 from vlprune.points import Point
@@ -37,13 +37,7 @@ class TextDecoderAdapter(Adapter):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        missing = missing_in(self.decoder)
-        if missing:
-            kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-            raise UnsupportedModelError(
-                f"{type(model).__name__} (model_type {kind!r}) cannot be pruned by structure; looked for and did not find: {'; '.join(missing)}. "
-                "See CONTRIBUTING.md, 'Add a model family'."
-            )
+        require(model, missing_in(self.decoder))
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

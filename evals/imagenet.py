@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import io
-import json
 import statistics
 import sys
 import tarfile
@@ -41,6 +40,7 @@ from vlprune.adapter import find_adapter
 from vlprune.api import check_stages
 from vlprune.budget import Budget
 from vlprune.errors import OptionError, VlpruneError
+from vlprune.evals.command import options_in
 from vlprune.evals.imagenet_results import Results, mean_and_error
 from vlprune.fitting import reason
 from vlprune.kernels.greedy import ISOLATED, Determinantal, MaxMin
@@ -347,21 +347,6 @@ class Telling:
         self.progress.advance(self.task)
 
 
-def parse_options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """``NAME.KEY=VALUE`` as options of method NAME; values are read as JSON where they are JSON."""
-    found: dict[str, dict[str, Any]] = {}
-    for text in given:
-        left, _, value = text.partition("=")
-        name, _, key = left.partition(".")
-        if not key or not value:
-            raise SystemExit(f"--option {text!r}: write NAME.KEY=VALUE, such as dynamicvit.predictor=weights.safetensors")
-        try:
-            found.setdefault(name, {})[key] = json.loads(value)
-        except json.JSONDecodeError:
-            found.setdefault(name, {})[key] = value
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     from rich.console import Console
@@ -384,6 +369,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"--library {given.library}: {' or '.join(WEIGHTS)}, or both with a comma (then without --weights)")
     if not 1 <= given.draws <= 9:
         raise SystemExit(f"--draws {given.draws}: 1 to 9")
+    try:
+        options = options_in(given.option)
+    except OptionError as error:
+        raise SystemExit(str(error)) from None
     archive = given.data / ARCHIVE if given.data.is_dir() else given.data
     pictures, labels = load_pictures(archive, given.limit)
     results = Results(given.out, fresh=given.fresh)
@@ -402,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             }  # fmt: skip
             keeps = [float(part) for part in given.keep.split(",")]
             methods = None if given.methods == "all" else given.methods.split(",")
-            plans, left_out = make_plans(model, keeps, methods, parse_options(given.option))
+            plans, left_out = make_plans(model, keeps, methods, options)
             results.begin(library, facts)
             results.left_out[library] = left_out
             run(model, predict, pictures, labels, library, plans, results, tell, given.draws)

@@ -20,6 +20,7 @@ from vlprune.method import MethodCard, PruningMethod, Stage
 pytest.importorskip("PIL", reason="pictures are read with pillow")
 
 from vlprune.evals import imagenet, imagenet_results
+from vlprune.evals.command import options_in
 
 NUMBER = 6
 
@@ -236,7 +237,7 @@ def test_timm_takes_the_same_road(data: Path, tmp_path: Path) -> None:
     [
         (["--library", "jax"], "timm or hf"),
         (["--library", "timm,hf", "--weights", "x"], "without --weights"),
-        (["--option", "dyt=3"], "NAME.KEY=VALUE"),
+        (["--option", "dyt=3"], "METHOD.KEY=VALUE"),
     ],
 )
 def test_wrong_arguments_say_what_would_do(arguments: list[str], match: str, data: Path, tmp_path: Path) -> None:
@@ -245,4 +246,4 @@ def test_wrong_arguments_say_what_would_do(arguments: list[str], match: str, dat
 
 
 def test_options_are_json_where_they_can_be() -> None:
-    assert imagenet.parse_options(["a.b=[1, 2]", "a.c=x.safetensors"]) == {"a": {"b": [1, 2], "c": "x.safetensors"}}
+    assert options_in(["a.b=[1, 2]", "a.c=x.safetensors"]) == {"a": {"b": [1, 2], "c": "x.safetensors"}}

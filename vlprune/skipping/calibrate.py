@@ -81,7 +81,8 @@ def options_of(function: Callable[..., Any]) -> list[str] | None:
 
 def option_of(method: str) -> str | None:
     """The method's option that takes what was written; ``None`` where the calibration does not say."""
-    return getattr(importlib.import_module(calibration_of(method).__module__), "OPTION", None)
+    calibration_of(method)
+    return getattr(importlib.import_module(CALIBRATIONS[method].partition(":")[0]), "OPTION", None)
 
 
 def parse_options(given: Sequence[str]) -> dict[str, Any]:
