@@ -34,6 +34,7 @@ class Shape:
         decoder, width, heads, kv_heads, hidden: layers and widths of the decoder.
         tower, tower_width, tower_heads: of the vision tower.
         visual, text: visual and text tokens of the prompt (visual is a square number; in a video, frames of 100).
+        vocabulary: rows of the embedding and of the head.
     """
 
     decoder: int
@@ -47,6 +48,7 @@ class Shape:
     visual: int
     text: int = 64
     dtype: str = "float32"
+    vocabulary: int = 32064
 
 
 #: ``cpu``: the default; ``cpu-short``: a third of its layers, for very long prompts. The others have the widths and depths of published models, for a GPU; the
@@ -58,6 +60,7 @@ SHAPES = {
     "llava-1.5-7b": Shape(32, 4096, 32, 32, 11008, 24, 1024, 16, 576, dtype="bfloat16"),
     "llava-next-7b": Shape(32, 4096, 32, 32, 11008, 24, 1024, 16, 2916, dtype="bfloat16"),
     "qwen2.5-vl-7b": Shape(28, 3584, 28, 4, 18944, 32, 1280, 16, 1600, dtype="bfloat16"),
+    "llama-3.1-8b": Shape(32, 4096, 32, 8, 14336, 24, 1024, 16, 576, dtype="bfloat16", vocabulary=128256),
 }
 
 
@@ -96,7 +99,7 @@ def build(shape: Shape, *, video: bool, device: str) -> nn.Module:
     }  # fmt: skip
     text = {
         "model_type": "llama", "hidden_size": shape.width, "intermediate_size": shape.hidden, "num_hidden_layers": shape.decoder,
-        "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "vocab_size": 32064, "max_position_embeddings": 8192,
+        "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "vocab_size": shape.vocabulary, "max_position_embeddings": 8192,
     }  # fmt: skip
     if video:
         config = transformers.LlavaNextVideoConfig(

@@ -54,7 +54,7 @@ class TextRig(Rig):
 
         config = LlamaConfig(
             hidden_size=shape.width, intermediate_size=shape.hidden, num_hidden_layers=shape.decoder, num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads, vocab_size=32064, max_position_embeddings=2 * length,
+            num_key_value_heads=shape.kv_heads, vocab_size=shape.vocabulary, max_position_embeddings=2 * length,
         )  # fmt: skip
         torch.manual_seed(0)
         with torch.device(device):
@@ -149,6 +149,8 @@ def _measure(rig: TextRig, length: int, keep: float | None, fits: list[Fit], rou
                     found.flops = report.flops_dense / report.flops_pruned if report.flops_pruned else 1.0
             except VlpruneError as error:
                 left_out[name] = reason(error)
+            except torch.OutOfMemoryError:
+                left_out[name] = f"out of the device's memory at {length:,} tokens"
     dense = times[DENSE]
     first, step = statistics.median(dense.prefill), statistics.median(dense.decode)
     rows = [TextRow(length, DENSE, "1", "", first, 1.0, 1.0, 1.0, step, 1.0, dense.stored, dense.expected)]

@@ -342,6 +342,11 @@ class RouteInputs:
     visual: Tensor | None = None
 
 
+def mark(mask: Tensor, rows: Tensor, slots: Tensor, value: bool) -> None:
+    """Set entries ``slots`` (G, n) of ``rows`` (G,) of a bool mask (B, L). Item assignment of a Python bool would make the host wait for a GPU."""
+    mask.index_put_((rows[:, None], slots), torch.full((), value, dtype=torch.bool, device=mask.device))
+
+
 def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     """Pick ``indices`` (B, K) along dimension 1 of ``x`` (B, N, ...)."""
     shape = indices.shape + (1,) * (x.dim() - 2)

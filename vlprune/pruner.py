@@ -17,7 +17,7 @@ from vlprune.budget import Budget
 from vlprune.errors import NotFiniteError, OptionError
 from vlprune.method import Bypass, PruningMethod, Stage
 from vlprune.points import BeforeLLM, Point
-from vlprune.protocols import GenerationState, Reduced, ScoreInputs, Selection, Tap, gather_tokens
+from vlprune.protocols import GenerationState, Reduced, ScoreInputs, Selection, Tap, gather_tokens, mark
 from vlprune.tokens import TokenLayout, VisualItem
 from vlprune.trace import PointRecord, Trace
 
@@ -311,8 +311,8 @@ class Session:
             rows = torch.tensor([state.item.row for state in group]).to(device, non_blocking=True)
             slots = torch.stack([state.slots for state in group])
             stay = torch.gather(slots, 1, selection.keep_indices)                    # (G, K)
-            keep[rows[:, None], slots] = False
-            keep[rows[:, None], stay] = True
+            mark(keep, rows, slots, False)
+            mark(keep, rows, stay, True)
             for number, (state, kept) in enumerate(zip(group, selection.keep_indices, strict=True)):
                 gone[state.item.row] += state.slots.numel() - kept.numel()
                 state.original = state.original[kept]
@@ -380,7 +380,7 @@ class Session:
             self.check_modality(group)
             rows = torch.tensor([state.item.row for state in group]).to(states.device, non_blocking=True)
             slots = torch.stack([state.slots for state in group])
-            runs[rows[:, None], slots] = False
+            mark(runs, rows, slots, False)
             with torch.no_grad(), self.pruner.timed():
                 if num_keep == 0 or bypass.scorer is None:
                     selection = Selection(slots.new_zeros(len(group), 0))
@@ -388,7 +388,7 @@ class Session:
                     found = self._select(bypass, group, states, num_keep, collect)
                     assert found is not None
                     selection = found[2]
-            runs[rows[:, None], torch.gather(slots, 1, selection.keep_indices)] = True
+            mark(runs, rows, torch.gather(slots, 1, selection.keep_indices), True)
             for state in group:
                 counts[state.item.row] -= current - num_keep
             chosen.append((group, selection, Reduced()))

@@ -167,6 +167,6 @@ def greedy_select_anew(features: Tensor, num_keep: int, rule: GreedyRule, first:
                 state = rule.absorb(state, row[None], picks[number], number)
         else:
             state = rule.absorb(state, unit.index_select(0, picks[-1]) @ unit.mT, picks[-1], step)
-        taken[:, picks[-1]] = True
+        taken.index_fill_(1, picks[-1], True)
         picks.append(state[0].masked_fill(taken, -torch.inf).argmax(dim=-1))
     return torch.stack(picks, dim=1)

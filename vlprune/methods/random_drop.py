@@ -34,7 +34,7 @@ class RandomScore:
     def __call__(self, inputs: ScoreInputs) -> Tensor:
         """(B, N); drawn per place in the original item, so that later stages see the same draw."""
         generator = torch.Generator().manual_seed(self.seed)
-        draw = torch.rand(inputs.num_original or inputs.tokens.shape[1], generator=generator).to(inputs.tokens.device)
+        draw = torch.rand(inputs.num_original or inputs.tokens.shape[1], generator=generator).to(inputs.tokens.device, non_blocking=True)
         return draw.expand(inputs.tokens.shape[0], -1) if inputs.original is None else draw[inputs.original]
 
 
