@@ -12,6 +12,7 @@ from vlprune.adapters import _attention
 from vlprune.adapters._cache import PrunedLayer
 from vlprune.errors import UnsupportedCallError, UnsupportedModelError
 from vlprune.hooks import HookSet
+from vlprune.kernels.some_heads import pick_heads
 from vlprune.protocols import Tap
 from vlprune.pruner import ItemState, Pruner, Session
 
@@ -181,6 +182,10 @@ class DecoderTaps:
             queries, rotary = _attention.project(attn, states, "q"), kwargs.get("position_embeddings")
             if rotary is not None:
                 queries = _attention.rotate(attn, queries, *rotary)
+            heads, share = session.memo.get(("heads", tap.layer)), 1.0
+            if heads is not None:                                        # heads that do not answer pay no attention
+                share = heads.shape[1] / queries.shape[1]
+                queries, keys = pick_heads(queries, heads), pick_heads(keys, heads, queries.shape[1] // keys.shape[1])
             filler = session.valid if past == 0 else None
             batch, width = torch.arange(states.shape[0], device=states.device), queries.shape[1] * queries.shape[3]
 
@@ -191,7 +196,7 @@ class DecoderTaps:
 
             session.trace.scorer_flops += 2.0 * width * states.shape[0] * states.shape[1] * (keys.shape[2] + states.shape[-1])
             how = str(tap.options[0]) if tap.options else "sum"
-            session.memo[key] = (_attention.received(attn, queries, keys, mask_rows, session.real_tokens(), how), session.index)
+            session.memo[key] = (share * _attention.received(attn, queries, keys, mask_rows, session.real_tokens(), how), session.index)
         return session.memo[key][0]  # type: ignore[no-any-return]
 
     # raters

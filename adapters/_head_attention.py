@@ -18,6 +18,7 @@ from vlprune.adapters._decoder_taps import attention_of
 from vlprune.errors import UnsupportedCallError, UnsupportedModelError, UnsupportedPointError
 from vlprune.hooks import HookSet
 from vlprune.kernels.chosen_attention import attend_heads
+from vlprune.kernels.some_heads import attend_some
 from vlprune.method import Attend
 from vlprune.protocols import HeadChoice, HeadInputs
 from vlprune.pruner import Pruner, Session
@@ -93,11 +94,22 @@ class HeadAttention:
                 self._note(attend, inputs, choice, session)
             if choice is None or inputs is None:
                 own = functions.get_interface(config._attn_implementation, getattr(sys.modules[type(module).__module__], "eager_attention_forward", None))
-                return own(module, query, key, value, attention_mask, **kwargs)
+                answered = own(module, query, key, value, attention_mask, **kwargs)
+                if attend is not None and attend.see is not None and inputs is not None and prompt:
+                    attend.see(inputs, answered[0])
+                return answered
             if kwargs.get("position_bias") is not None:
                 raise UnsupportedModelError(f"{type(module).__name__}: {self.pruner.method.name} cannot choose keys under a bias by position")
-            out = attend_heads(inputs, choice, causal=bool(getattr(module, "is_causal", True)), dropout=float(kwargs.get("dropout") or 0.0))
-            return out.transpose(1, 2), None
+            causal, dropout = bool(getattr(module, "is_causal", True)), float(kwargs.get("dropout") or 0.0)
+            if choice.heads is None:
+                out = attend_heads(inputs, choice, causal=causal, dropout=dropout).transpose(1, 2)
+            else:
+                out = attend_some(inputs, choice.heads, causal=causal, dropout=dropout).transpose(1, 2)
+                if session is not None:
+                    session.memo["heads", attend.layer] = choice.heads   # type: ignore[union-attr]
+            if attend.see is not None and prompt:                        # type: ignore[union-attr]
+                attend.see(inputs, out)                                  # type: ignore[union-attr]
+            return out, None
 
         return answer
 
@@ -137,6 +149,9 @@ class HeadAttention:
             return
         trace.scorer_flops += choice.flops
         dense = length * (total - length) + length * (length + 1) / 2
+        if choice.heads is not None:
+            trace.pairs[attend.layer] = [dense * choice.heads.shape[1] / inputs.queries.shape[1]] * session.layout.num_rows
+            return
         asked = length if choice.queries is None else choice.queries.shape[2]
         seen = total if choice.keys is None else choice.keys.shape[2]
         pairs = choice.pairs

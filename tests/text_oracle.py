@@ -24,13 +24,14 @@ from vlprune.protocols import HeadChoice, HeadInputs, Step
 class HeadNote:
     """What the heads of a layer chose in one call: ``first`` query position, ``asked`` (B, H, Q) and ``seen`` (B, H, Q, end) bool by position.
 
+    ``seen`` is ``None`` where some heads answer and others do not, the same ones from ``first`` on: ``asked`` is (B, H, 1) then.
     ``top``: a budget, where each query sees its best keys and nobody says which; worked out anew from the long forward.
     """
 
     layer: int
     first: int
     asked: Tensor
-    seen: Tensor
+    seen: Tensor | None
     top: Any = None
 
 
@@ -49,6 +50,13 @@ class Notes:
         self._end[inputs.layer] = end = first + number
         if choice is None:
             return
+        if choice.heads is not None:
+            asked = torch.zeros(batch, heads, 1, dtype=torch.bool).scatter(1, choice.heads[..., None], True)
+            known = next((note for note in self.heads if note.layer == inputs.layer), None)
+            if known is None:
+                self.heads.append(HeadNote(inputs.layer, 0, asked, None))
+            assert known is None or torch.equal(known.asked, asked), "other heads than before"
+            return
         seen = torch.zeros(batch, heads, number, end, dtype=torch.bool)
         asked = torch.zeros(batch, heads, number, dtype=torch.bool)
         for b, h in itertools.product(range(batch), range(heads)):
@@ -62,7 +70,7 @@ class Notes:
                 for j, column in enumerate(columns):
                     if column < total and (choice.seen is None or bool(choice.seen.expand(batch, heads, len(rows), len(columns))[b, h, i, j])):
                         seen[b, h, row, end - total + column] = True
-        self.heads.append(HeadNote(inputs.layer, first, asked, seen, rule.budget if choice.out is not None else None))
+        self.heads.append(HeadNote(inputs.layer, first, asked, seen, rule.budget if choice.out is not None and choice.keys is None else None))
 
     def on(self, method: PruningMethod) -> PruningMethod:
         """The method with its decisions noted."""
@@ -167,7 +175,7 @@ def long_forward(
             bias, given = call["attention_mask"], args[0] if args else call["hidden_states"]
             allowed = bias > torch.finfo(bias.dtype).min / 2
             for note in heads:
-                if note.layer == layer:
+                if note.layer == layer and note.seen is not None:
                     rows, end = slice(note.first, note.first + note.asked.shape[2]), note.seen.shape[3]
                     allowed = allowed.expand(-1, note.asked.shape[1], -1, -1).clone()
                     if note.top is not None:
@@ -184,7 +192,8 @@ def long_forward(
             for note in heads:
                 if note.layer == layer:
                     split = states.unflatten(-1, (note.asked.shape[1], -1)).clone()      # (B, T, H, d)
-                    split[:, note.first : note.first + note.asked.shape[2]] *= note.asked.transpose(1, 2)[..., None]
+                    rows = slice(None) if note.seen is None else slice(note.first, note.first + note.asked.shape[2])
+                    split[:, rows] *= note.asked.transpose(1, 2)[..., None]
                     states = split.flatten(2)
             return (states,)
 

@@ -206,6 +206,7 @@ class Attend:
         choose: ``(HeadInputs) -> HeadChoice``, or ``None`` for everything: which keys each head sees, and which queries it asks with, in this call
             alone; the cache keeps all keys. Instead of ``keys``.
         phase: when ``choose`` is asked: ``"prefill"``, ``"decode"`` or ``"both"``. Steps of several new tokens without a prompt count as prefill.
+        see: called in prompts with what ``choose`` got and what the heads put out, (B, Q, H, d), to decide about later layers.
         stateless: ``choose`` looks at nothing of earlier calls (`HeadInputs.state`), so the cache may stay as the model made it.
     """
 
@@ -213,6 +214,7 @@ class Attend:
     keys: Callable[[Tensor], Tensor] | None = None
     tokens: str = "visual"
     choose: Callable[[HeadInputs], HeadChoice | None] | None = None
+    see: Callable[[HeadInputs, Tensor], None] | None = None
     phase: str = "prefill"
     stateless: bool = False
 
@@ -222,6 +224,8 @@ class Attend:
             raise OptionError(f"phase={self.phase!r}: one of {', '.join(map(repr, PHASES))}")
         if (self.keys is None) == (self.choose is None):
             raise OptionError("attention over a selection needs either keys, a mask, or choose, head by head")
+        if self.see is not None and (self.choose is None or self.phase == "decode"):
+            raise OptionError("see looks at heads in prompts: it goes with choose and a phase of 'prefill' or 'both'")
 
 
 @dataclass(frozen=True)

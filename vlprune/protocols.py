@@ -34,7 +34,7 @@ VISION_KINDS: dict[str, str] = {
 #: What can be tapped in a decoder. ``text_*`` are aligned with the T text tokens after the item (`ScoreInputs.text_valid`).
 DECODER_KINDS: dict[str, str] = {
     "last_row": "(N,) head-mean attention row of the last prompt token",
-    "received": "(N,) head-mean attention that the tokens of the row pay it, summed; options[0]: 'mean' over them all, 'seen' over those that see it",
+    "received": "(N,) head-mean attention that the row pays it, summed; silenced heads pay none; options[0]: 'mean' over all, 'seen' over those that see it",
     "text_rows": "(N,) mean of such rows over the text tokens after the item",
     "text_mass": "(N,) mean share of attention that those text tokens pay to the item, the same for every token",
     "text_max": "(N,) largest attention weight over heads and over those text tokens",
@@ -308,6 +308,7 @@ class HeadChoice:
         queries: (B, H, R) int64: new tokens that a head asks with, the others get nothing from it; ``None``: all. The same tensor as ``keys``
             says that both are chosen alike: in a prompt on an empty cache whose mask is plain, attention is then causal among them, and no mask is built.
         seen: bool, broadcast to (B, H, R, K): pairs that may be seen at all, besides what the model's mask allows; ``None``: all.
+        heads: (B, n) int64: query heads that answer, the others give zeros; ``None``: all. Instead of the above.
         out: (B, H, Q, d): the attention itself, where each query has keys of its own and the method has summed them up. Instead of the above.
         pairs: query-key pairs of each row in a head's answer, mean over heads, where shapes do not say it (``out``).
         flops: of the matrix products that choosing took.
@@ -317,6 +318,7 @@ class HeadChoice:
     keys: Tensor | None = None
     queries: Tensor | None = None
     seen: Tensor | None = None
+    heads: Tensor | None = None
     out: Tensor | None = None
     pairs: float | None = None
     flops: float = 0.0
