@@ -4,17 +4,56 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vlprune.errors import UnsupportedModelError
+from vlprune.kernels import received_triton
 
 #: Upper bound on the number of float32 logits that exist at a time: few enough for a CPU's cache (4x faster than 1 << 24 there),
 #: enough for a GPU to be busy.
 CHUNK_LOGITS = {"cpu": 1 << 20}
 CHUNK_LOGITS_ELSEWHERE = 1 << 24
+
+
+class PlainMask(NamedTuple):
+    """A mask of which this says everything: query i sees keys up to ``past + i`` if causal, else all, and of them those that are valid."""
+
+    causal: bool
+    past: int = 0
+    key_valid: Tensor | None = None                                      # (B, S) bool; None: all are
+
+    def seen(self, counts: Tensor, num_keys: int) -> Tensor:
+        """(B, S) float32: the queries that may see each key, added up as they count, (B, L) bool or float."""
+        counts = counts.long() if counts.dtype == torch.bool else counts.float()
+        first = torch.arange(num_keys, device=counts.device) - self.past if self.causal else torch.zeros(num_keys, dtype=torch.long, device=counts.device)
+        before = torch.nn.functional.pad(counts.cumsum(dim=1), (1, 0))   # (B, L + 1)
+        seen = before[:, -1:] - before[:, first.clamp(0, counts.shape[1])]
+        return (seen if self.key_valid is None else seen * self.key_valid).float()
+
+
+def plain_mask(mask: Any, past: int, length: int, num_keys: int, key_valid: Tensor | None, causal: bool, plain: bool) -> PlainMask | None:
+    """What `mask_rows` makes of a layer's mask for all its queries, if that is said in few words.
+
+    ``plain``: whoever made the mask says that one with four dimensions means "causal, and no padding"; then its last row has the padding.
+    """
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        if not plain or not causal or mask.shape[1:3] != (1, length):
+            return None
+        last = mask[:, 0, -1, :num_keys]
+        return PlainMask(causal, past, last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2)
+    if mask is not None and not isinstance(mask, Tensor):
+        return None
+    parts = [part[:, :num_keys].bool() for part in (mask, key_valid) if isinstance(part, Tensor)]
+    return PlainMask(causal, past, parts[0] & parts[-1] if parts else None)
+
+
+def _by_kernel(queries: Tensor, keys: Tensor) -> bool:
+    """Whether to add up columns with `received_triton`: logits that torch makes at one go are not worth compiling it for."""
+    batch, heads, length, _ = queries.shape
+    return batch * heads * length * keys.shape[2] > CHUNK_LOGITS_ELSEWHERE and received_triton.usable(queries, keys)
 
 
 def project(attn: nn.Module, states: Tensor, which: str) -> Tensor:
@@ -123,6 +162,8 @@ def column_mean(queries: Tensor, keys: Tensor, scale: float, lengths: list[int] 
 
 def column_sum(queries: Tensor, keys: Tensor, scale: float, weights: Tensor | None = None) -> Tensor:
     """(B, S) float32: head-mean attention received from all queries, each counted with its ``weights`` (B, S); in chunks of query rows."""
+    if _by_kernel(queries, keys):
+        return received_triton.key_sums(queries, keys, scale, weights=weights)
     batch, heads, length, _ = queries.shape
     queries, keys_t = queries.float() * scale, keys.float().transpose(-1, -2)
     received = torch.zeros(batch, heads, length, device=queries.device)
@@ -149,8 +190,9 @@ def received_from(queries: Tensor, keys: Tensor, scale: float, lengths: list[int
 
 
 def received(
-    attn: nn.Module, queries: Tensor, keys: Tensor, allowed: Callable[[Tensor], Tensor], real: Tensor, how: str = "sum", *, open_to: Tensor | None = None
-) -> Tensor:
+    attn: nn.Module, queries: Tensor, keys: Tensor, allowed: Callable[[Tensor], Tensor], real: Tensor, how: str = "sum", *, open_to: Tensor | None = None,
+    plain: PlainMask | None = None,
+) -> Tensor:  # fmt: skip
     """Attention that keys receive from the queries of their row, mean over heads, in chunks of queries.
 
     Args:
@@ -161,10 +203,17 @@ def received(
         real: (B, L) queries that count, bool, or by how much.
         how: ``"sum"`` over the queries; ``"mean"``, divided by their number; ``"seen"``, by the number of those that may see the key.
         open_to: (B, L, S) which may, where the mask does not say it plainly.
+        plain: the same mask in few words, if there are; ``allowed`` is not asked where a kernel knows it.
 
     Returns:
         (B, S) float32.
     """
+    if plain is not None and _by_kernel(queries, keys):
+        total = received_triton.key_sums(
+            queries, keys, scale_of(attn, queries.shape[-1]), causal=plain.causal, past=plain.past, weights=real, key_valid=plain.key_valid,
+            cap=getattr(attn, "attn_logit_softcapping", None),
+        )  # fmt: skip
+        return _divided(total, plain.seen(real, keys.shape[2]) if how == "seen" else None, real, how)
     batch, heads, length, _ = queries.shape
     total = torch.zeros(batch, keys.shape[2], device=queries.device)
     seen = torch.zeros_like(total)
@@ -179,9 +228,13 @@ def received(
             may = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
             may = may if open_to is None else open_to[:, start : start + rows]
             seen = seen + (may * counts).sum(dim=1)
+    return _divided(total, seen, real, how)
+
+
+def _divided(total: Tensor, seen: Tensor | None, real: Tensor, how: str) -> Tensor:
     if how == "mean":
         return total / real.float().sum(dim=1, keepdim=True).clamp(min=1)
-    return total / seen.clamp(min=1e-6) if how == "seen" else total
+    return total / seen.clamp(min=1e-6) if how == "seen" and seen is not None else total
 
 
 def mask_rows(mask: Any, slots: Tensor, rows: Tensor, past: int, num_keys: int, key_valid: Tensor | None, causal: bool = True) -> Tensor:

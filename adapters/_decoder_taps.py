@@ -188,16 +188,26 @@ class DecoderTaps:
                 queries, keys = pick_heads(queries, heads), pick_heads(keys, heads, queries.shape[1] // keys.shape[1])
             filler = session.valid if past == 0 else None
             batch, width = torch.arange(states.shape[0], device=states.device), queries.shape[1] * queries.shape[3]
+            mask, causal = kwargs.get("attention_mask"), bool(getattr(attn, "is_causal", True))
 
             def mask_rows(slots: Tensor) -> Tensor:
-                return _attention.mask_rows(
-                    kwargs.get("attention_mask"), slots.expand(states.shape[0], -1), batch, past, keys.shape[2], filler, bool(getattr(attn, "is_causal", True))
-                )
+                return _attention.mask_rows(mask, slots.expand(states.shape[0], -1), batch, past, keys.shape[2], filler, causal)
 
             session.trace.scorer_flops += 2.0 * width * states.shape[0] * states.shape[1] * (keys.shape[2] + states.shape[-1])
             how = str(tap.options[0]) if tap.options else "sum"
-            session.memo[key] = (share * _attention.received(attn, queries, keys, mask_rows, session.real_tokens(), how), session.index)
+            known = self._means_causal(session, attn, mask, past)
+            plain = _attention.plain_mask(mask, past, states.shape[1], keys.shape[2], filler, causal, known)
+            session.memo[key] = (share * _attention.received(attn, queries, keys, mask_rows, session.real_tokens(), how, plain=plain), session.index)
         return session.memo[key][0]  # type: ignore[no-any-return]
+
+    def _means_causal(self, session: Session, attn: nn.Module, mask: Any, past: int) -> bool:
+        """Whether a layer's mask with four dimensions means "causal, and no padding or filler": no window, nothing added to the logits."""
+        config = getattr(attn, "config", None)
+        kinds, number = getattr(config, "layer_types", None), getattr(attn, "layer_idx", None)
+        windows = [getattr(attn, "sliding_window", getattr(config, "sliding_window", None)), getattr(config, "attention_chunk_size", None)]
+        windows.append(kinds is not None and number is not None and kinds[number] != "full_attention")
+        biased = self.pruner.method.size_bias or (past > 0 and isinstance(mask, Tensor) and mask.dtype != torch.bool)   # an earlier turn's tokens may be merged
+        return session.plain and not any(windows) and not biased
 
     # raters
 
@@ -222,12 +232,11 @@ class DecoderTaps:
 
     def _queries(self, session: Session, tap: Tap, group: list[ItemState]) -> tuple[Tensor, Tensor, Tensor]:
         """Batch rows (G,), original positions (G, T) and weights (G, T) of the text tokens that look at each item."""
-        key = ("queries", tap.kind == "last_row", tuple(id(state.item) for state in group))
+        last = 0 if tap.kind != "last_row" else int(tap.options[0]) if tap.options else 1
+        key = ("queries", last, tuple(id(state.item) for state in group))
         if key not in session.memo:
             layout = session.layout
-            wanted = [
-                torch.tensor([layout.last_token(state.item.row)]) if tap.kind == "last_row" else layout.text_after(state.item) for state in group
-            ]
+            wanted = [layout.last_tokens(state.item.row, last) if last else layout.text_after(state.item) for state in group]
             most = max(int(w.numel()) for w in wanted)
             positions = torch.stack([torch.cat([w, w[-1:].expand(most - w.numel())]) for w in wanted])
             weights = torch.stack([(torch.arange(most) < w.numel()).float() / w.numel() for w in wanted])

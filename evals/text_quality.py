@@ -8,7 +8,8 @@ decoding. Perplexity is over the second half, agreement is how often the likelie
 while decoding. A method that looks at the prompt's last tokens knows the first question when it chooses, and none of the later ones.
 
 Beside each method that chooses tokens runs the same method with random choices: the same points, the same counts. Layer schedules choose no tokens and have
-no such baseline. Rows are written as they come; a second call measures what is missing.
+no such baseline. Methods that have to be told that a cache will be asked again are measured with that option, too (`VARIANTS`). Rows are written as they
+come; a second call measures what is missing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -48,6 +49,8 @@ from vlprune.selectors import TopK
 
 ASSETS = Path(vlprune.__file__).parent / "assets" / "tiny_recall"
 CONTEXT, PROMPT = 512, 256
+#: Options that a method is measured with beside its defaults.
+VARIANTS: dict[str, dict[str, Any]] = {"spts": {"queries": 16}}
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,11 @@ class RandomKeys:
         return HeadChoice(keys=drawn.topk(most, dim=-1).indices.sort(dim=-1).values.to(inputs.keys.device))
 
 
-def random_beside(model: Any, one: Fit, keep: float) -> PruningMethod | None:
+def random_beside(model: Any, one: Fit, keep: float, extra: Mapping[str, Any] | None = None) -> PruningMethod | None:
     """The random baseline of a method: what its option ``ranking`` or ``router`` makes of it, or the same places with random choices.
 
-    ``None`` for adaptive ones: how many they keep is in the data, and a baseline with fewer or more would say nothing.
+    ``extra``: options that the method was given. ``None`` for adaptive ones: how many they keep is in the data, and a baseline with fewer or more would
+    say nothing.
     """
     if one.card.adaptive:
         return None
@@ -93,7 +97,7 @@ def random_beside(model: Any, one: Fit, keep: float) -> PruningMethod | None:
     for name, value in (("ranking", "random"), ("router", "random")):
         if name in options and not (name == "router" and "ranking" in options):
             try:
-                return build_method(one.card, find_adapter(model).facts, keep, {name: value})[0]
+                return build_method(one.card, find_adapter(model).facts, keep, {**(extra or {}), name: value})[0]
             except VlpruneError:
                 continue                                                 # it knows no such value
     return random_like(one.method)
@@ -214,6 +218,11 @@ def _costs(report: Any) -> dict[str, list[float]]:
     return {"flops share": [report.flops_pruned / report.flops_dense], "kv share": [report.kv_bytes_pruned / report.kv_bytes_dense]}
 
 
+def label_of(name: str, extra: Mapping[str, Any]) -> str:
+    """A row's name: the method and its options."""
+    return " ".join([name, *(f"{key}={value}" for key, value in extra.items())])
+
+
 def measure(
     study: Study, keeps: Sequence[Fraction], names: Sequence[str], known: list[dict[str, Any]], tell: Callable[[dict[str, Any]], None]
 ) -> dict[str, str]:
@@ -223,17 +232,19 @@ def measure(
     for keep in keeps:
         fits, refused = fitting(study.model, names, float(keep), "text")
         left_out.update(refused)
-        for one in fits:
-            if (study.name, one.name, str(keep)) in there:
+        for one, extra in [(one, extra) for one in fits for extra in ({}, VARIANTS.get(one.name)) if extra is not None]:
+            label = label_of(one.name, extra)
+            if (study.name, label, str(keep)) in there:
                 continue
             try:
-                numbers = study.run(one.method)
-                chance = random_beside(study.model, one, float(keep))
+                method = build_method(one.card, find_adapter(study.model).facts, float(keep), extra)[0] if extra else one.method
+                numbers = study.run(method)
+                chance = random_beside(study.model, one, float(keep), extra)
                 beside = None if chance is None else study.run(chance)
             except VlpruneError as error:
-                left_out[one.name] = str(error)
+                left_out[label] = str(error)
                 continue
-            tell({"study": study.name, "method": one.name, "keep": str(keep), "options": one.options, "numbers": numbers, "random": beside})
+            tell({"study": study.name, "method": label, "keep": str(keep), "options": one.options, "numbers": numbers, "random": beside})
     return left_out
 
 
@@ -256,6 +267,8 @@ def markdown(found: dict[str, Any]) -> str:
             cells += [f"{numbers[key][0]:.3f}" if key in numbers else "" for key in ("flops share", "kv share")]
             lines.append(f"| {row['method']} | {row['keep']} | " + " | ".join(cells) + " |")
         lines += ["", *(f"- {method} left out: {why}" for method, why in found["left_out"].get(name, {}).items()), ""]
+        behind = [f"{row['method']} at {row['keep']}, {key}" for row in rows for key in measures if row["random"] is not None and _behind(key, row)]
+        lines += [f"Behind the same with random choices by more than two standard errors: {'; '.join(behind) or 'none'}.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -272,6 +285,12 @@ def _ahead(key: str, values: Sequence[float], chance: Sequence[float]) -> str:
         return f"{one.change:+.3f} ± {one.error:.3f} nats"
     one = paired(values, chance)
     return f"{100 * one.change:+.1f} ± {100 * one.error:.1f}"
+
+
+def _behind(key: str, row: dict[str, Any]) -> bool:
+    ours, chance = row["numbers"][key], row["random"][key]
+    one = paired(chance, ours) if key == "loss" else paired(ours, chance)
+    return one.change < -2 * one.error
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
@@ -338,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         study = make()
         found["dense"][study.name] = study.dense
         found["left_out"][study.name] = measure(study, keeps, names, rows, tell)
-    rows.sort(key=lambda row: (row["study"], names.index(row["method"]), -float(Fraction(row["keep"]))))
+    rows.sort(key=lambda row: (row["study"], names.index(row["method"].split()[0]), row["method"], -float(Fraction(row["keep"]))))
     write_whole(path, json.dumps(found) + "\n")
     write_whole(given.out / "results.md", markdown(found))
     plot(found, given.out / "quality.png")

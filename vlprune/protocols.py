@@ -33,7 +33,7 @@ VISION_KINDS: dict[str, str] = {
 }
 #: What can be tapped in a decoder. ``text_*`` are aligned with the T text tokens after the item (`ScoreInputs.text_valid`).
 DECODER_KINDS: dict[str, str] = {
-    "last_row": "(N,) head-mean attention row of the last prompt token",
+    "last_row": "(N,) head-mean attention row of the last prompt token; options[0]: mean of those of that many last text tokens, which have to be protected",
     "received": "(N,) head-mean attention that the row pays it, summed; silenced heads pay none; options[0]: 'mean' over all, 'seen' over those that see it",
     "text_rows": "(N,) mean of such rows over the text tokens after the item",
     "text_mass": "(N,) mean share of attention that those text tokens pay to the item, the same for every token",

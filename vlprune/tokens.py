@@ -109,6 +109,12 @@ class TokenLayout:
         """Position of the last token of a row that is not padding."""
         return int(torch.nonzero(self.valid_mask()[row]).flatten()[-1])
 
+    def last_tokens(self, row: int, most: int) -> Tensor:
+        """Positions (T,) of the last ``most`` text tokens of a row, fewer where it is shorter; of one, or of a row without text, the last token."""
+        if most > 1 and (text := torch.nonzero(self.valid_mask()[row] & ~self.visual_mask()[row]).flatten()).numel():
+            return text[-most:]
+        return torch.tensor([self.last_token(row)])
+
 
 def square_grid(num_tokens: int, frames: int = 1) -> Tensor | None:
     """(N, 3) grid of ``frames`` square maps in raster order, or ``None`` if N does not split into squares."""
