@@ -176,7 +176,7 @@ def test_finished_goes_on_with_more_and_refuses_another_search(model: Any, tmp_p
 
 
 def test_mistakes(model: Any) -> None:
-    for options, says in (({"method": "fastv"}, "these have: vflowopt"), ({"keep": 10}, "between 0 and 1"), ({"keep": 1.0}, "between 0 and 1")):
+    for options, says in (({"method": "fastv"}, "these have: ftp, vflowopt"), ({"keep": 10}, "between 0 and 1"), ({"keep": 1.0}, "between 0 and 1")):
         with pytest.raises(OptionError, match=says):
             tune(model, inputs(), **{"method": "vflowopt", "progress": False, **options})
     with pytest.raises(OptionError, match="trials=0"):
@@ -244,7 +244,7 @@ def test_command(tmp_path: Path) -> None:
 
     with vlprune.apply(load_embedded().model, plan=out) as handle:
         assert handle.method.name == "vflowopt"
-    for arguments, says in (("--method fastv", "these have: vflowopt"), ("--model x", "give --samples"), ("--samples nowhere", "no such folder")):
+    for arguments, says in (("--method fastv", "these have: ftp, vflowopt"), ("--model x", "give --samples"), ("--samples nowhere", "no such folder")):
         result = CliRunner().invoke(app, ["tune", *arguments.split()])
         assert result.exit_code == 2
         assert says in result.stderr

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -31,6 +32,17 @@ def one_clear_line() -> Iterator[None]:
     except VlpruneError as error:
         typer.secho(f"error: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
+
+
+@contextmanager
+def told() -> Iterator[Callable[[str], None]]:
+    """What tells what a long measurement is at: a line that changes on a terminal, in a log one line each with the seconds so far."""
+    errors, start = Console(stderr=True), time.monotonic()
+    if not errors.is_terminal:
+        yield lambda text: typer.echo(f"{time.monotonic() - start:7.1f} s  {text}", err=True)
+        return
+    with errors.status("...") as status:
+        yield status.update
 
 
 def parse_keep(text: str | None) -> Any:
@@ -136,6 +148,7 @@ def bench(
     parts: Annotated[bool, typer.Option("--parts", help="Measure the parts instead: choosing, the greedy kernel, column-mean attention.")] = False,
     text: Annotated[bool, typer.Option("--text", help="Measure the methods for text on a text-only decoder, at long prompts.")] = False,
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts of --text, with commas between.")] = "4096,16384",
+    steps: Annotated[int, typer.Option(help="Tokens decoded after each prompt of --text; schedules by step begin to act later.", min=1)] = 16,
 ) -> None:
     """Measure prefill, decode, scorer and cache of the methods against dense and random, in one run."""
     with one_clear_line():
@@ -148,11 +161,11 @@ def bench(
             _bench_parts(names, 1 / 9 if keep is None else keep, shape, rounds, device, json, markdown)
             return
         if text:
-            _bench_text(names, keep, shape, lengths, batch, rounds, device, json, markdown)
+            _bench_text(names, keep, shape, lengths, batch, rounds, steps, device, json, markdown)
             return
         keep = 1 / 9 if keep is None else keep
-        with Console(stderr=True).status("...") as status:
-            rows = job.run(names, keep, shape, batch, rounds, device=device, progress=lambda text: status.update(text))
+        with told() as tell:
+            rows = job.run(names, keep, shape, batch, rounds, device=device, progress=tell)
         table = Table(title=" ".join(f"{k}={v}" for k, v in job.environment(shape, batch, device).items()), title_justify="left", pad_edge=False)
         head, _, *lines = job.markdown(rows).strip().splitlines()
         for number, name in enumerate(_cells(head)):
@@ -206,8 +219,11 @@ def draw(
 @app.command()
 def tune(
     method: Annotated[str, typer.Option(help="A method with numbers to search.")] = "vflowopt",
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of a vision-language model. Without it the embedded model is used.")] = None,
-    samples: Annotated[Path | None, typer.Option(help="Folder of pictures or videos, or a .jsonl file with image (or images, video) and question.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a model. Without it an embedded one is used.")] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(help="Folder of pictures or videos, or a .jsonl file with image (or images, video) and question; texts for methods that reduce text."),
+    ] = None,
     question: Annotated[str, typer.Option(help="Asked about samples that come without one.")] = "What is shown here?",
     most: Annotated[int, typer.Option(help="How many of the samples are used, evenly spread.", min=1)] = 30,
     keep: Annotated[str | None, typer.Option(help="The average share that stays, such as 1/3. The method's default if not given.")] = None,
@@ -218,25 +234,27 @@ def tune(
     frames: Annotated[int, typer.Option(help="How many frames of a video are read.", min=1)] = 8,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, of the method, the same in all trials, such as router=FILE; may be repeated.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of each text that are used.", min=2)] = 2048,
+    continuation: Annotated[int, typer.Option(help="How many of them, at its end, are given one by one behind the prompt.", min=1)] = 16,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Allow code from the model's repository to run.")] = False,
 ) -> None:
     """Search a method's numbers on samples of yours, and write a plan for apply(model, plan=FILE)."""
     with one_clear_line():
         from vlprune import tune as job
-        from vlprune.loading import load_embedded, load_model
-        from vlprune.samples import digit_samples, read_samples
+        from vlprune.skipping.calibrate import parse_options
 
-        card = job.searchable(method)                                    # mistakes are told before a model is loaded
-        if samples is None and model is not None:
-            raise OptionError("give --samples: a folder of pictures, or a .jsonl file with pictures and questions")
-        found = digit_samples(most) if samples is None else read_samples(samples, question, most)
-        about = "digit scenes, split train" if samples is None else str(samples)
-        loaded = load_embedded() if model is None else load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        card, options = job.searchable(method), parse_options(option or [])  # mistakes are told before a model is loaded
+        texts = card.tokens != "visual"
+        given = (model, samples, most, dtype, device, trust_remote_code)
+        loaded, inputs, about = _tuning_texts(*given, length) if texts else _tuning_pictures(*given, question, frames)
         for note in loaded.notes:
-            console().print(f"[yellow]{note}[/]", highlight=False)
-        inputs = [sample.inputs(loaded, frames) for sample in found]
+            console().print(note, highlight=False, markup=False, style="yellow")
         try:
-            plan = job.tune(loaded.model, inputs, card, parse_keep(keep), trials=trials, objective=objective, out=out, seed=seed, about=about)
+            plan = job.tune(
+                loaded.model, inputs, card, parse_keep(keep), trials=trials, objective=objective, out=out, seed=seed, about=about,
+                continuation=continuation if texts else 0, options=options,
+            )  # fmt: skip
         except KeyboardInterrupt:
             typer.echo("stopped; the same command goes on from here", err=True)
             raise typer.Exit(130) from None
@@ -244,6 +262,37 @@ def tune(
         says += f" ({plan.found['refused']} had no value)" if plan.found["refused"] else ""
         how = f"vlprune.apply(model, plan={str(out)!r})   # keep={plan.keep!r}, {dict(plan.options)!r}"
         console().print(f"{card.name} on {loaded.name}: {says}\n{how}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _tuning_pictures(
+    model: str | None, samples: Path | None, most: int, dtype: str, device: str, trust_remote_code: bool, question: str, frames: int
+) -> tuple[Any, list[Any], str]:
+    """Model, its inputs, and where they come from; pictures or videos with questions."""
+    from vlprune.loading import load_embedded, load_model
+    from vlprune.samples import digit_samples, read_samples
+
+    if samples is None and model is not None:
+        raise OptionError("give --samples: a folder of pictures, or a .jsonl file with pictures and questions")
+    found = digit_samples(most) if samples is None else read_samples(samples, question, most)
+    about = "digit scenes, split train" if samples is None else str(samples)
+    loaded = load_embedded() if model is None else load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return loaded, [sample.inputs(loaded, frames) for sample in found], about
+
+
+def _tuning_texts(
+    model: str | None, samples: Path | None, most: int, dtype: str, device: str, trust_remote_code: bool, length: int
+) -> tuple[Any, list[Any], str]:
+    """The same with texts. Without a model the embedded decoder for recall, and its texts: those of ``length`` tokens with six questions."""
+    from vlprune.skipping.embedded_texts import load_embedded_text, recall_texts
+    from vlprune.skipping.texts import check_source, load_text_model, read_texts
+
+    if model is None:
+        if samples is not None:
+            raise OptionError("texts need the model that they are for: give --model, or leave out --samples")
+        return load_embedded_text(), recall_texts("train", most, length=length), "recall texts, split train"
+    source = check_source(samples)
+    loaded = load_text_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return loaded, read_texts(source, loaded, most=most, length=length), str(source)
 
 
 @app.command()
@@ -350,8 +399,8 @@ def evaluate(
 def _bench_parts(names: list[str] | None, keep: float, shape: str, rounds: int, device: str | None, json: Path | None, markdown: Path | None) -> None:
     from vlprune import bench, bench_parts
 
-    with Console(stderr=True).status("...") as status:
-        found = bench_parts.run(names, keep, shape, rounds, device, progress=lambda text: status.update(text))
+    with told() as tell:
+        found = bench_parts.run(names, keep, shape, rounds, device, progress=tell)
     facts = {**bench.environment(shape, 1, device), "keep": f"{keep:.4g}", "rounds": rounds}
     for title, head, rows in bench_parts.tables(found):
         table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
@@ -369,20 +418,21 @@ def _bench_parts(names: list[str] | None, keep: float, shape: str, rounds: int, 
 
 
 def _bench_text(
-    names: list[str] | None, keep: float | None, shape: str, lengths: str, batch: int, rounds: int, device: str | None, json: Path | None, markdown: Path | None
-) -> None:
+    names: list[str] | None, keep: float | None, shape: str, lengths: str, batch: int, rounds: int, steps: int, device: str | None, json: Path | None,
+    markdown: Path | None,
+) -> None:  # fmt: skip
     from vlprune import bench, bench_text
 
     words = [part.strip() for part in lengths.split(",")]
     if not all(word.isdigit() for word in words):
         raise OptionError(f"--lengths {lengths!r}: whole numbers with commas between, such as 4096,16384")
     sizes = [int(word) for word in words]
-    with Console(stderr=True).status("...") as status:
-        rows, left_out = bench_text.run(names, keep, shape, sizes, batch, rounds, device=device, progress=lambda text: status.update(text))
+    with told() as tell:
+        rows, left_out = bench_text.run(names, keep, shape, sizes, batch, rounds, steps, device=device, progress=tell)
     environment = bench.environment(shape, batch, device)
     of_pictures = ("tower", "tower_width", "tower_heads", "visual", "text")
     share = "each method's default" if keep is None else f"{keep:.4g}"
-    facts = {**{key: value for key, value in environment.items() if key not in of_pictures}, "keep": share, "rounds": rounds}
+    facts = {**{key: value for key, value in environment.items() if key not in of_pictures}, "keep": share, "rounds": rounds, "decoded": steps}
     for size in sizes:
         head, _, *lines = bench_text.table([row for row in rows if row.length == size])
         table = Table(title=f"{size:,} tokens", title_justify="left", title_style="bold", pad_edge=False)

@@ -10,13 +10,16 @@ ones; it finds the schedule with it and trains its router to imitate it. ``budge
 - ``ranking="random"``: the baseline at the same budgets.
 - ``ranking=callable``: ``(ScoreInputs) -> (B, N)``; taps in an attribute ``needs``.
 - ``router="file.safetensors"`` (or a `vlprune.scorers.token_router.TokenRouter`): the paper's: 4 numbers a token, 64 hidden, shared by the blocks.
+- ``vlprune tune --method ftp`` searches ``budgets``, with the static router, or with a trained one (``--option router=FILE``), the paper's last stage.
+- ``examples/train_ftp_router.py`` trains a router.
 
 Differences and open places:
 - Without ``budgets`` the blocks from ``start`` on share what ``keep`` says evenly; those before it run everything.
 - Decoded tokens run everything. The paper gives them a fixed threshold, which it tunes on one data set.
 - The last token always runs and the first one always does; the paper's static order says so for the first, and generation needs the last.
 - What skipped pairs leave in the cache is not written in the paper: nothing is our reading; ``kv="project_only"`` is the other one.
-- Loss terms and settings of the search are not in the paper's text that we could read; the router's training is left to the user (it is differentiable).
+- Loss terms of the router's training and settings of the search are not in the paper's text that we could read; ours are said where they are written.
+- The search is Optuna's TPE instead of a genetic one: over at most `KNOTS` numbers, between which deeper models take straight lines.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ from vlprune.scorers.token_router import RouterScore, load_router
 from vlprune.selectors import TopK
 
 RANKINGS = ("sink_recent", "attention", "random")
+KNOTS = 8                       # numbers that a schedule is drawn from; models with fewer layers have one for each
+FEWEST = 0.02                   # least share of a layer in a searched schedule
 START = Depth(2, of=32)
 
 
@@ -114,6 +119,38 @@ def _shares(keep: Keep, start: int, depth: int) -> list[Keep]:
     return [1.0] * start + [share] * (depth - start)
 
 
+def search(facts: ModelFacts, keep: float, suggest: Callable[[str, float, float], float]) -> tuple[float, dict[str, Any]] | None:
+    """The schedules for `vlprune.tune` whose shares average ``keep``: what is drawn is how the layers' shares compare, up to 1 to 20."""
+    depth = facts.decoder_layers
+    if keep <= FEWEST:
+        return None
+    count = min(depth, KNOTS)
+    drawn = [suggest(f"share_{number}", 0.05, 1.0) for number in range(count)]
+    return keep, {"budgets": scaled_shares(between(drawn, depth), keep)}
+
+
+def between(knots: Sequence[float], depth: int) -> list[float]:
+    """A number for each layer: the knots are spread evenly over the layers, with straight lines between."""
+    if len(knots) == 1:
+        return [knots[0]] * depth
+    places = [layer * (len(knots) - 1) / max(depth - 1, 1) for layer in range(depth)]
+    lower = [min(int(place), len(knots) - 2) for place in places]
+    return [knots[low] + (place - low) * (knots[low + 1] - knots[low]) for low, place in zip(lower, places, strict=True)]
+
+
+def scaled_shares(numbers: Sequence[float], keep: float) -> tuple[float, ...]:
+    """Numbers above 0 times one factor, none then below `FEWEST` or above 1, so that their mean is ``keep``."""
+
+    def at(factor: float) -> tuple[float, ...]:
+        return tuple(float(min(1.0, max(FEWEST, factor * number))) for number in numbers)
+
+    low, high = 0.0, 1.0 / min(numbers)
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(at(middle)) < keep * len(numbers) else (low, middle)
+    return at(high)
+
+
 CARD = MethodCard(
     "ftp",
     ftp,
@@ -124,4 +161,5 @@ CARD = MethodCard(
     tokens="text",
     equivariant=False,
     default_keep=0.7,
+    search=search,
 )
