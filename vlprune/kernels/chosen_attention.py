@@ -19,19 +19,46 @@ MASK_LIMIT = 1 << 26
 
 def flat_rows(index: Tensor, heads: int, length: int, by_token: bool) -> Tensor:
     """Row numbers, in a (B, heads, length) or (if ``by_token``) (B, length, heads) table, of places ``index`` (B, H, K); H is a multiple of ``heads``."""
-    batch, asked = index.shape[:2]
-    row = torch.arange(batch, device=index.device)[:, None, None]
-    head = (torch.arange(asked, device=index.device) // (asked // heads))[None, :, None]
-    return ((row * length + index) * heads + head if by_token else (row * heads + head) * length + index).flatten()
+    batch, device = index.shape[0], index.device
+    if by_token:
+        first = torch.arange(heads, device=device)
+        first = first if batch == 1 else torch.arange(0, batch * length * heads, length * heads, device=device)[:, None] + first
+    else:
+        first = torch.arange(0, batch * heads * length, length, device=device)
+    return torch.add(first.view(batch, heads, 1), index.reshape(batch, heads, -1), alpha=heads if by_token else 1).flatten()
+
+
+def as_table(x: Tensor) -> tuple[Tensor, bool]:
+    """``x`` (B, H, S, d) as rows (B H S, d), and whether they lie token by token, (B, S, H, d): the order that needs no copy."""
+    by_token = not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+    return (x.transpose(1, 2) if by_token else x).reshape(-1, x.shape[3]), by_token
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """(B, H, K, d) of ``x`` (B, Hx, S, d), at places ``index`` (B, H, K); query heads share the rows of their group. Filler repeats the last row."""
-    batch, heads, length, width = x.shape
-    by_token = not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
-    table = (x.transpose(1, 2) if by_token else x).reshape(-1, width)
-    rows = flat_rows(index.clamp(max=length - 1), heads, length, by_token)
-    return table.index_select(0, rows).view(batch, index.shape[1], index.shape[2], width)
+    table, by_token = as_table(x)
+    rows = flat_rows(index.clamp(max=x.shape[2] - 1), x.shape[1], x.shape[2], by_token)
+    return table.index_select(0, rows).view(*index.shape, x.shape[3])
+
+
+def take_both(keys: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """`take_rows` of keys and values, whose row numbers are the same where they lie alike."""
+    (table, by_token), (other, alike) = as_table(keys), as_table(values)
+    if by_token != alike or keys.shape[:3] != values.shape[:3]:
+        return take_rows(keys, index), take_rows(values, index)
+    rows = flat_rows(index.clamp(max=keys.shape[2] - 1), keys.shape[1], keys.shape[2], by_token)
+    return table.index_select(0, rows).view(*index.shape, keys.shape[3]), other.index_select(0, rows).view(*index.shape, values.shape[3])
+
+
+def weigh_rows(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """(B, H, 1, d) sums of ``values`` (B, Hx, S, d) at places ``index`` (B, H, K), none of them filler, by ``weights`` (B, H, K)."""
+    batch, heads, number = index.shape
+    if values.device.type != "cpu" or values.dtype != torch.float32:
+        return weights[:, :, None] @ take_rows(values, index)
+    table, by_token = as_table(values)                                       # a CPU adds the rows up where they lie, without a copy of them
+    rows = flat_rows(index, values.shape[1], values.shape[2], by_token)
+    summed = functional.embedding_bag(rows.view(-1, number), table, per_sample_weights=weights.reshape(-1, number), mode="sum")
+    return summed.view(batch, heads, 1, -1)
 
 
 def put_rows(x: Tensor, index: Tensor, length: int) -> Tensor:
@@ -62,7 +89,7 @@ def attend_heads(inputs: HeadInputs, choice: HeadChoice | None, *, cap: float | 
         if index is not None and (index.dim() != 3 or index.shape[0] != queries.shape[0] or index.shape[1] not in able):
             raise OptionError(f"a choice of {name} has shape {tuple(index.shape)}; ({queries.shape[0]}, {heads}, number) is needed")
     q = queries if asked is None else take_rows(queries, asked)
-    k, v = (part if chosen is None else take_rows(part, chosen) for part in (keys, values))
+    k, v = (keys, values) if chosen is None else take_both(keys, values, chosen)
     cap = inputs.cap if cap is None else cap
     alike = chosen is asked and causal and total == length and choice.seen is None          # both None: everything, seen causally
     if alike and (inputs.mask is None or (inputs.plain and chosen is not None)):

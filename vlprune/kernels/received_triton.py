@@ -85,7 +85,8 @@ def key_sums(
     valid = lse if key_valid is None else key_valid.expand(batch, total).to(torch.int8).contiguous()
     counts = lse if weights is None else weights.expand(batch, length).float().contiguous()
     wide = max(16, 1 << (width - 1).bit_length())
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 30
+    chip: Any = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    shared = int(getattr(chip, "shared_memory_per_block_optin", 49152))
     held, step, stages, warps = tile(wide, queries.element_size(), shared)
     inner, outer = (scale / cap, cap / math.log(2)) if cap else (scale / math.log(2), 0.0)
     sizes = (*queries.stride()[:3], *keys.stride()[:3], heads, heads // keys.shape[1], length, total, past, inner, outer, width)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlprune.budget import Budget
-from vlprune.kernels.chosen_attention import take_rows
+from vlprune.kernels.chosen_attention import weigh_rows
 from vlprune.protocols import HeadInputs
 
 #: Logits that exist at a time.
@@ -28,13 +28,13 @@ def top_places(scores: Tensor, number: int, ranked: bool) -> tuple[Tensor, Tenso
     if scores.device.type != "cpu" or total < 8 * number:
         best = scores.topk(number, dim=-1, sorted=ranked)
         return best.values, best.indices
-    size = 1 << max(1, round(math.log2(total / number) / 2))
-    blocks = -(-total // size)
-    padded = functional.pad(scores, (0, blocks * size - total), value=-torch.inf) if blocks * size > total else scores
-    chosen = padded.reshape(*padded.shape[:-1], size, blocks).amax(dim=-2).topk(number, dim=-1, sorted=False).indices      # every blocks-th place is one block
-    places = (chosen[..., None, :] + blocks * torch.arange(size, device=scores.device)[:, None]).flatten(-2)
-    best = torch.gather(padded, -1, places).topk(number, dim=-1, sorted=ranked)
-    return best.values, torch.gather(places, -1, best.indices)
+    shape, size = (*scores.shape[:-1], number), 1 << max(1, round(math.log2(total / number) / 2))
+    blocks, scores = -(-total // size), scores.reshape(-1, total)
+    scores = functional.pad(scores, (0, blocks * size - total), value=-torch.inf) if blocks * size > total else scores
+    chosen = scores.view(-1, size, blocks).amax(dim=1).topk(number, dim=1, sorted=False).indices          # every blocks-th place is one block
+    places = (chosen[:, None] + torch.arange(0, blocks * size, blocks)[:, None]).view(-1, size * number)
+    found = scores.gather(1, places).topk(number, dim=1, sorted=ranked)
+    return found.values.view(shape), places.gather(1, found.indices).view(shape)
 
 
 def most_of(budget: Budget, total: int) -> int:
@@ -67,13 +67,15 @@ def visible(inputs: HeadInputs, first: int, last: int) -> tuple[Tensor | None, T
 
 def logits_of(inputs: HeadInputs, first: int, last: int, queries: Tensor | None = None) -> Tensor:
     """(B, H, q, S) float32, as the module counts them, cap included; no keys are copied for the heads of a group."""
-    asked = (inputs.queries if queries is None else queries)[:, :, first:last]
-    batch, heads, number, _ = asked.shape
-    kv = inputs.keys.shape[1]
-    grouped = (asked * inputs.scale).reshape(batch, kv, heads // kv * number, -1)
-    one = grouped.shape[2] == 1                                              # this way round a CPU takes half the time
-    products = inputs.keys @ grouped.transpose(-1, -2) if one else grouped @ inputs.keys.transpose(-1, -2)
-    logits = products.reshape(batch, heads, number, -1).float()
+    asked = inputs.queries if queries is None else queries
+    asked = asked if last - first == asked.shape[2] else asked[:, :, first:last]
+    (batch, heads, number, width), (_, kv, total, _) = asked.shape, inputs.keys.shape
+    grouped, keys = (asked * inputs.scale).reshape(batch * kv, -1, width), inputs.keys.reshape(-1, total, width)
+    if number == 1 and keys.device.type == "cpu" and keys.dtype == torch.float32:          # a CPU reads the keys half as long this way round
+        products = torch.bmm(keys, grouped.transpose(1, 2)).transpose(1, 2)
+    else:
+        products = torch.bmm(grouped, keys.transpose(1, 2))
+    logits = products.reshape(batch, heads, number, total).float()
     return torch.tanh(logits / inputs.cap) * inputs.cap if inputs.cap else logits
 
 
@@ -94,14 +96,41 @@ def top_attention(inputs: HeadInputs, budget: Budget) -> Tensor:
         number = numbers(budget, allowed, most)
         if length == 1 and COPIES * most <= total:
             best, keys = top_places(logits[:, :, 0], most, number is not None)            # (B, H, k)
-            best = best if number is None else best.masked_fill(torch.arange(most, device=best.device) >= number[:, :, 0], low)
-            out.append(best.softmax(dim=-1).to(values.dtype)[:, :, None] @ take_rows(values, keys))
+            out.append(weigh_rows(values, keys, _softmax(best, number, values)))
             continue
         least = least_of(logits, most, number)
         weights = logits.masked_fill(logits < least, low).softmax(dim=-1).to(values.dtype)
         grouped = weights.reshape(batch, values.shape[1], -1, total) @ values              # (B, Hkv, r q, d)
         out.append(grouped.view(batch, heads, last - first, -1))
-    return torch.cat(out, dim=2)
+    return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+
+def top_and_newest(inputs: HeadInputs, budget: Budget) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Attention of one new token a row over its own key and its best others, by whole logits: (B, H, 1, d), their places (B, H, K), which count (B, H, K)."""
+    total, values = inputs.keys.shape[2], inputs.values
+    most = most_of(budget, total)
+    allowed, bias = visible(inputs, 0, 1)
+    logits = logits_of(inputs, 0, 1)[:, :, 0]
+    logits = logits if bias is None else logits + bias[:, :, 0].float()
+    if allowed is None:
+        own = logits[..., -1:].clone()
+        best, keys = top_places(with_newest(logits, None), most, False)
+        return weigh_rows(values, keys, _softmax(torch.where(best == torch.inf, own, best), None, values)), keys, None
+    number = numbers(budget, allowed, most)
+    keys = top_places(with_newest(logits, allowed), most, True)[1]
+    return weigh_rows(values, keys, _softmax(logits.gather(-1, keys), number, values)), keys, counted(keys, number)
+
+
+def _softmax(best: Tensor, number: Tensor | None, values: Tensor) -> Tensor:
+    """Weights of logits (B, H, K), best first, of which the first ``number`` count, in the type of ``values``."""
+    if number is not None:
+        best = best.masked_fill(torch.arange(best.shape[-1], device=best.device) >= number[:, :, 0], torch.finfo(best.dtype).min)
+    return best.softmax(dim=-1).to(values.dtype)
+
+
+def counted(keys: Tensor, number: Tensor | None) -> Tensor | None:
+    """(B, H, K) bool: which of the places (B, H, K), best first, count where ``number`` do; ``None``: all."""
+    return None if number is None else (torch.arange(keys.shape[-1], device=keys.device) < number[:, :, 0]).expand(keys.shape)
 
 
 def least_of(scores: Tensor, most: int, number: Tensor | None) -> Tensor:
@@ -113,11 +142,15 @@ def least_of(scores: Tensor, most: int, number: Tensor | None) -> Tensor:
 
 
 def with_newest(scores: Tensor, allowed: Tensor | None) -> Tensor:
-    """Scores (B, H, S) of one query a row, infinite at its own place, the last that may be seen, and minus infinite where nothing may be."""
-    place = torch.full((1, 1, 1), scores.shape[-1] - 1, device=scores.device)
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed[:, :, 0], -torch.inf)
-        place = torch.where(allowed[:, :, 0], torch.arange(scores.shape[-1], device=scores.device), 0).amax(dim=-1, keepdim=True)
+    """Scores (B, H, S) of one query a row, infinite at its own place, the last that may be seen, and minus infinite where nothing may be.
+
+    Written into ``scores`` itself where everything may be seen.
+    """
+    if allowed is None:
+        scores.select(-1, -1).fill_(torch.inf)
+        return scores
+    scores = scores.masked_fill(~allowed[:, :, 0], -torch.inf)
+    place = torch.where(allowed[:, :, 0], torch.arange(scores.shape[-1], device=scores.device), 0).amax(dim=-1, keepdim=True)
     return scores.scatter(2, place.expand(*scores.shape[:2], 1), torch.inf)
 
 
@@ -126,7 +159,7 @@ def top_keys(scores: Tensor, allowed: Tensor | None, budget: Budget) -> tuple[Te
     most = most_of(budget, scores.shape[-1])
     number = numbers(budget, allowed, most)
     best = top_places(scores, most, number is not None)[1]
-    return best, None if number is None else (torch.arange(most, device=best.device) < number[:, :, 0]).expand(best.shape)
+    return best, counted(best, number)
 
 
 def top_mask(scores: Tensor, allowed: Tensor | None, budget: Budget) -> Tensor:

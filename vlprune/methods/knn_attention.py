@@ -37,6 +37,8 @@ class NearestKeys:
         most = most_of(self.budget, total)
         if most >= total:
             return None
+        if length == 1:
+            return HeadChoice(out=top_attention(inputs, self.budget), pairs=float(most), flops=2.0 * batch * heads * width * (total - most))
         dense = length * (total - length) + length * (length + 1) / 2
         pairs = sum(min(most_of(self.budget, seen), seen) for seen in range(total - length + 1, total + 1))
         flops = 2.0 * batch * heads * width * (dense - pairs)                # logits of the pairs that nothing comes of

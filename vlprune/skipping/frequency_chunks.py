@@ -201,6 +201,17 @@ class Chunks:
         best = self.agreement[layer].topk(number, dim=-1).indices        # (H, F)
         return torch.zeros(heads, width).scatter(1, self.pairs[best].flatten(1), 1.0)
 
+    def above(self, layer: int, ratio: float, fewest: int, most: int) -> Tensor:
+        """(H, d) ones at the numbers of the chunks that agree at least as well as the quantile ``ratio`` of all that the layer's heads have.
+
+        So heads in which more chunks agree well rank by more of them: each by at least its ``fewest`` best and at most its ``most`` best.
+        """
+        found = self.agreement[layer]                                        # (H, C)
+        number = (found >= found.flatten().quantile(ratio)).sum(dim=-1, keepdim=True).clamp(min=fewest, max=most)
+        order = found.argsort(dim=-1, descending=True, stable=True)
+        taken = (torch.arange(found.shape[1]) < number).float()[..., None].expand(-1, -1, 2)
+        return torch.zeros(found.shape[0], 2 * self.pairs.shape[0]).scatter(1, self.pairs[order].flatten(1), taken.flatten(1))
+
 
 def load_chunks(path: str | os.PathLike[str], depth: int) -> Chunks:
     """What was measured for all ``depth`` layers, from such a file or its folder; or say what is wrong."""
