@@ -115,9 +115,16 @@ def given_routers(router: Any) -> nn.Module | None:
 class Untrained(nn.Module):
     """Random routers for whatever layer and width: for tests, worth nothing else."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[Any, LayerRouters] = {}                          # by layer, width and device: brought there once
+
     def forward(self, states: Any, layer: int) -> Any:
         """(B, L)."""
-        return LayerRouters(states.shape[-1], (layer,), seed=layer).to(states.device)(states, layer)
+        key = (layer, states.shape[-1], states.device)
+        if key not in self.made:
+            self.made[key] = LayerRouters(states.shape[-1], (layer,), seed=layer).to(states.device)
+        return self.made[key](states, layer)
 
 
 CARD = MethodCard(
