@@ -22,6 +22,7 @@ from vlprune.adapter import find_adapter
 from vlprune.api import build_method
 from vlprune.evals import text_quality
 from vlprune.evals.journal import write_whole
+from vlprune.evals.random_twins import random_like
 from vlprune.evals.statistics import mean_of, paired
 from vlprune.method import PruningMethod
 from vlprune.plan import Plan, load_plan
@@ -38,7 +39,7 @@ def methods(model: Any, plan: Plan) -> dict[str, PruningMethod]:
     options = {"default": fixed, "uniform": {**fixed, **even}, "searched": dict(plan.options)}
     found = {name: build_method(card, facts, plan.keep, one)[0] for name, one in options.items()}
     for name in ("uniform", "searched"):
-        chance = text_quality.random_like(found[name])
+        chance = random_like(found[name])
         assert chance is not None, "it chooses tokens"
         found[f"{name}, random tokens"] = chance
     return found

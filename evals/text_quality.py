@@ -7,8 +7,8 @@ decoding. Perplexity is over the second half, agreement is how often the likelie
 *Recall* (`vlprune.evals.recall`): the embedded decoder is asked for values in a text of 2,048 tokens, once at the end of the prompt and then again and again
 while decoding. A method that looks at the prompt's last tokens knows the first question when it chooses, and none of the later ones.
 
-Beside each method that chooses tokens runs the same method with random choices: the same points, the same counts. Layer schedules choose no tokens and have
-no such baseline. Methods that have to be told that a cache will be asked again are measured with that option, too (`VARIANTS`). Rows are written as they
+Beside each method that chooses tokens runs its random twin (`vlprune.evals.random_twins`): the same points, the same counts. Layer schedules choose no
+tokens and have none. Methods that have to be told that a cache will be asked again are measured with that option, too (`VARIANTS`). Rows are written as they
 come; a second call measures what is missing.
 """
 
@@ -21,9 +21,8 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -33,85 +32,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vlprune
-from vlprune.adapter import find_adapter
-from vlprune.api import build_method
-from vlprune.budget import Budget
 from vlprune.errors import VlpruneError
 from vlprune.evals import recall
 from vlprune.evals.journal import write_whole
+from vlprune.evals.random_twins import twin_of
 from vlprune.evals.statistics import mean_of, paired
 from vlprune.fitting import Fit, fitting
-from vlprune.kernels.top_attention import most_of
 from vlprune.method import PruningMethod
-from vlprune.methods.random_drop import RandomScore
-from vlprune.protocols import HeadChoice, HeadInputs
-from vlprune.selectors import TopK
 
 ASSETS = Path(vlprune.__file__).parent / "assets" / "tiny_recall"
 CONTEXT, PROMPT = 512, 256
 #: Options that a method is measured with beside its defaults.
 VARIANTS: dict[str, dict[str, Any]] = {"spts": {"queries": 16}}
-
-
-@dataclass(frozen=True)
-class RandomChoice:
-    """Random keys while decoding, drawn anew at every step."""
-
-    seed: int = 0
-
-    def __call__(self, attention: Tensor, most: int) -> Tensor:
-        """(B, most) places of keys that are there."""
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.rand(attention.shape, generator=generator).to(attention.device)
-        return drawn.masked_fill(attention == -math.inf, -1.0).topk(most, dim=-1).indices
-
-
-@dataclass(frozen=True)
-class RandomKeys:
-    """Random keys for every head at every decoding step, as many as a budget says, the newest among them; for batches without padding."""
-
-    budget: Budget
-    seed: int = 0
-
-    def __call__(self, inputs: HeadInputs) -> HeadChoice | None:
-        """Keys (B, Hkv, K); ``None`` in prompts, and where the budget is all of them."""
-        batch, heads, total = inputs.keys.shape[:3]
-        most = most_of(self.budget, total)
-        if inputs.phase == "prefill" or most >= total:
-            return None
-        generator = torch.Generator().manual_seed(hash((self.seed, inputs.layer, total)))
-        drawn = torch.rand(batch, heads, total, generator=generator)
-        drawn[..., -1] = 2.0
-        return HeadChoice(keys=drawn.topk(most, dim=-1).indices.sort(dim=-1).values.to(inputs.keys.device))
-
-
-def random_beside(model: Any, one: Fit, keep: float, extra: Mapping[str, Any] | None = None) -> PruningMethod | None:
-    """The random baseline of a method: what its option ``ranking`` or ``router`` makes of it, or the same places with random choices.
-
-    ``extra``: options that the method was given. ``None`` for adaptive ones: how many they keep is in the data, and a baseline with fewer or more would
-    say nothing.
-    """
-    if one.card.adaptive:
-        return None
-    options = signature(one.card.build).parameters
-    for name, value in (("ranking", "random"), ("router", "random")):
-        if name in options and not (name == "router" and "ranking" in options):
-            try:
-                return build_method(one.card, find_adapter(model).facts, keep, {**(extra or {}), name: value})[0]
-            except VlpruneError:
-                continue                                                 # it knows no such value
-    return random_like(one.method)
-
-
-def random_like(method: PruningMethod, seed: int = 0) -> PruningMethod | None:
-    """The same method with random choices; ``None`` where it makes none among tokens."""
-    stages = tuple(replace(stage, scorer=RandomScore(seed), selector=TopK()) for stage in method.stages)
-    bypasses = tuple(replace(b, scorer=RandomScore(seed), selector=None) if b.budget is not None and b.scorer is not None else b for b in method.bypasses)
-    selects = tuple(replace(select, choose=RandomChoice(seed), reuse=None) for select in method.decode_selects)
-    budgets = [getattr(attend.choose, "budget", None) if attend.phase == "decode" else None for attend in method.attends]
-    heads = tuple(a if budget is None else replace(a, choose=RandomKeys(budget, seed)) for a, budget in zip(method.attends, budgets, strict=True))
-    chooses = bool(stages or selects) or heads != method.attends or any(b.budget is not None and b.scorer is not None for b in method.bypasses)
-    return replace(method, name="random", stages=stages, bypasses=bypasses, attends=heads, decode_selects=selects) if chooses else None
 
 
 # stories
@@ -238,9 +170,9 @@ def measure(
             if (study.name, label, str(keep)) in there:
                 continue
             try:
-                method = build_method(one.card, find_adapter(study.model).facts, float(keep), extra)[0] if extra else one.method
+                method, twin = twin_of(study.model, one, float(keep), extra)
                 numbers = study.run(method)
-                chance = random_beside(study.model, one, float(keep), extra)
+                chance = twin()
                 beside = None if chance is None else study.run(chance)
             except VlpruneError as error:
                 left_out[label] = str(error)

@@ -47,7 +47,7 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 def test_every_example_is_tested() -> None:
     """The training scripts have tests of their own."""
     training = {"train_tiny_vlm", "train_tiny_video_vlm", "train_tiny_recall", "train_easy_vqa", "train_stts", "tokenskip_lora"}
-    training |= {"train_videollm_mod", "train_swiftkv"}
+    training |= {"train_videollm_mod", "train_swiftkv", "train_ftp_router"}
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} - training == set(EXAMPLES)
 
 
