@@ -72,7 +72,7 @@ def loss_of(model: Any, router: TokenRouter, ids: Tensor, prompt: int, budgets: 
     with torch.no_grad():
         dense = model(input_ids=ids, use_cache=False).logits[:, prompt - 1 :]
     relaxed = losses.relaxed_logits(model, ids, logits, prompt, args.temperature, torch.Generator().manual_seed(step))[:, prompt - 1 :]
-    sparsity, guide = losses.sparsity_loss(logits, features), losses.guide_loss(logits, features)
+    sparsity, guide = losses.sparsity_loss(logits, features), losses.guide_loss(logits, features, args.guide_by)
     return {"distillation": losses.distillation_loss(dense, relaxed), "sparsity": sparsity, "guide": guide}
 
 
@@ -147,6 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.5, help="of the shares with which tokens run in training")
     parser.add_argument("--sparsity", type=float, default=10.0, help="weight of the sparsity loss")
     parser.add_argument("--guide", type=float, default=1.0, help="weight of the guide loss at the first step")
+    parser.add_argument("--guide-by", choices=("static", "attention", "both"), default="static", help="the ranking that the router imitates at first")
     parser.add_argument("--every", type=int, default=25, help="steps between lines of the curve")
     parser.add_argument("--n", type=int, default=100, help="held-out texts to measure on")
     args = parser.parse_args(arguments)
