@@ -81,7 +81,7 @@ class TextDecoderAdapter(Adapter):
         return ROW_SET_KINDS if point.layer > 0 else ROW_SET_KINDS - {"transition"}
 
     def default_method(self) -> tuple[str, float]:
-        """Skip what the last token does not attend to."""
+        """Skip what the last tokens do not attend to."""
         return "spts", 1 / 2
 
     def dimensions(self) -> dict[str, Any]:

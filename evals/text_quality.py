@@ -8,8 +8,8 @@ decoding. Perplexity is over the second half, agreement is how often the likelie
 while decoding. A method that looks at the prompt's last tokens knows the first question when it chooses, and none of the later ones.
 
 Beside each method that chooses tokens runs its random twin (`vlprune.evals.random_twins`): the same points, the same counts. Layer schedules choose no
-tokens and have none. Methods that have to be told that a cache will be asked again are measured with that option, too (`VARIANTS`). Rows are written as they
-come; a second call measures what is missing.
+tokens and have none. Where a default is not the paper's and that matters for later questions, the paper's is measured, too (`VARIANTS`). Rows are written as
+they come; a second call measures what is missing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from vlprune.method import PruningMethod
 ASSETS = Path(vlprune.__file__).parent / "assets" / "tiny_recall"
 CONTEXT, PROMPT = 512, 256
 #: Options that a method is measured with beside its defaults.
-VARIANTS: dict[str, dict[str, Any]] = {"spts": {"queries": 16}}
+VARIANTS: dict[str, dict[str, Any]] = {"spts": {"queries": 1}}
 
 
 # stories

@@ -105,13 +105,14 @@ def loop(
 @pytest.mark.parametrize(
     ("options", "asked"),
     [
-        ({}, {}),
-        ({"mlp": "dense"}, {"dense_mlp": True}),
-        ({"probe": True}, {"probed": True}),
-        ({"drop": 0.1}, {"drop": 0.1}),
-        ({"drop": 0}, {"drop": 0}),
+        ({}, {"queries": 16}),
+        ({"queries": 1}, {}),
+        ({"queries": 1, "mlp": "dense"}, {"dense_mlp": True}),
+        ({"queries": 1, "probe": True}, {"probed": True}),
+        ({"queries": 1, "drop": 0.1}, {"drop": 0.1}),
+        ({"queries": 1, "drop": 0}, {"drop": 0}),
         ({"queries": 5, "drop": 0.15}, {"queries": 5, "drop": 0.15}),
-        ({"keep": [30, 25, 12, 6]}, {}),
+        ({"queries": 1, "keep": [30, 25, 12, 6]}, {}),
     ],
     ids=lambda part: ",".join(part) or "default",
 )
@@ -188,7 +189,7 @@ def test_random_ranking_spends_the_same_and_looks_at_nothing() -> None:
     inputs = SIX.prompt([[33], [21]])
     found = {}
     for name, options in (("spts", {}), ("random", {"ranking": "random"}), ("other", {"ranking": "random", "seed": 1})):
-        with vlprune.apply(model, "spts", keep=0.5, **options) as handle:
+        with vlprune.apply(model, "spts", keep=0.5, queries=1, **options) as handle:
             out = model(**inputs, use_cache=True)
             sizes = [layer.keys.shape[2] for layer in out.past_key_values.layers]
             found[name] = (sizes, [(r.point, r.visual_before, r.visual_kept) for r in handle.report().bypasses], out.logits, handle.trace.scorer_flops)
@@ -203,7 +204,7 @@ def test_candidates_only_shrink_and_only_they_run() -> None:
     """A token that a layer passes by may run in a later one; one that left does not."""
     model: Any = SIX.build()
     inputs = SIX.prompt([[48]])
-    with vlprune.apply(model, "spts", keep=[0.5, 0.45, 0.4, 0.3], drop=0.15) as handle:
+    with vlprune.apply(model, "spts", keep=[0.5, 0.45, 0.4, 0.3], drop=0.15, queries=1) as handle:
         model(**inputs)
         trace = handle.trace
     candidates, back = torch.ones(48, dtype=torch.bool), False
@@ -284,19 +285,19 @@ def test_a_second_turn_shorter_than_the_queries() -> None:
 
 @pytest.mark.skipif(not ASSETS.is_dir(), reason="the recall model is not in this installation")
 def test_later_questions_and_who_is_asked() -> None:
-    """One query, which is the published choice, ranks what later questions need below chance where much is kept; sixteen do not (see the module's head)."""
+    """One query, which is the published choice, ranks what later questions need below chance where much is kept; the default does not (see the module)."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(ASSETS, dtype=torch.float32, local_files_only=True).eval()
     texts = [recall.text("heldout", index) for index in range(10)]
     right = {}
-    for name, options in (("one", {}), ("many", {"queries": 16}), ("random", {"ranking": "random"})):
-        answers, _ = recall_answers(model, texts, 8, build("spts", model, 0.75, **options))
+    for name, options in (("one", {"queries": 1}), ("default", {}), ("random", {"ranking": "random"})):
+        answers, _ = recall_answers(model, texts, 8, vlprune.get_method("spts").build(facts(model.config.num_hidden_layers), 0.75, **options))
         right[name] = (float(answers[:, 0].float().mean()), float(answers[:, 1:].float().mean()))
     assert right["one"][0] >= 0.9
-    assert right["many"][0] >= 0.9
+    assert right["default"][0] >= 0.9
     assert right["one"][1] < 0.8, "otherwise the head of the module and the results say too much"
-    assert right["many"][1] > 0.9 > right["random"][1]
+    assert right["default"][1] > 0.9 > right["random"][1]
 
 
 @pytest.mark.parametrize(

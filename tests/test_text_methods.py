@@ -213,7 +213,7 @@ def test_probes_go_on_and_their_channels_are_the_largest(tmp_path: Path) -> None
     prompt = tiny.prompt([[30], [11]])
     with torch.no_grad():
         for probe in (tmp_path, None):
-            with vlprune.apply(model, "spts", keep=0.4, probe=probe) as handle:
+            with vlprune.apply(model, "spts", keep=0.4, probe=probe, queries=1) as handle:
                 logits = model(**prompt).logits  # type: ignore[operator]
                 chosen = [[kept.tolist() for kept in record.kept] for record in handle.trace.bypasses if record.point.endswith("mlp")]  # type: ignore[union-attr]
                 flops = handle.trace.scorer_flops  # type: ignore[union-attr]
