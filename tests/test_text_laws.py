@@ -222,7 +222,7 @@ def test_no_reads_between_the_layers(method: str, family: str, monkeypatch: pyte
     model = tiny.build(backend(tiny))
     inputs = tiny.prompt(prompts(tiny))
     watch = Watch()
-    for name in ("text_after", "last_token", "valid_mask", "visual_mask", "set_mask", "token_rows"):
+    for name in ("text_after", "last_token", "last_tokens", "valid_mask", "visual_mask", "set_mask", "token_rows"):
         monkeypatch.setattr(TokenLayout, name, on_the_host(watch, getattr(TokenLayout, name)))
     monkeypatch.setattr("vlprune.adapters._decoder.DecoderEngine._whole_after", staticmethod(on_the_host(watch, lambda session: session.layout.length)))
     monkeypatch.setattr(Session, "_check_finite", lambda *args: None)
