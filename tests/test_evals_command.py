@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,11 +214,11 @@ class Slow:
 
 
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[str]]]:
-    """A terminal to write to, and what arrives there."""
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Callable[[], str]]]:
+    """A terminal to write to, and a call that closes it and tells all that arrived there."""
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
-    seen: list[str] = []
+    seen: list[bytes] = []
 
     def read() -> None:
         while True:
@@ -228,7 +228,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[str]]]
                 return
             if not part:
                 return
-            seen.append(part.decode("utf-8", "replace"))
+            seen.append(part)
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
@@ -236,14 +236,20 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[str]]]
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    yield stream, seen
-    stream.close()
-    thread.join(2)
+
+    def close() -> str:
+        stream.close()
+        thread.join(30)
+        assert not thread.is_alive(), "the terminal's reader met no end"
+        return b"".join(seen).decode("utf-8")
+
+    yield stream, close
+    close()
     os.close(ours)
 
 
 @pytest.mark.skipif(not TRAINED, reason="the embedded model is not there")
-def test_a_terminal_gets_bars_with_the_time_left(terminal: tuple[Any, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_bars_with_the_time_left(terminal: tuple[Any, Callable[[], str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Description, bar, count, time gone, time left; numbers that come nearer; and no lines in between."""
     monkeypatch.setattr(plots, "write", lambda out, found: None)
     plan = Plan(ModelSpec("embedded"), ("hiprune",), ("1/9",))
@@ -251,8 +257,7 @@ def test_a_terminal_gets_bars_with_the_time_left(terminal: tuple[Any, list[str]]
     with (tmp_path / "printed").open("w") as file, monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", terminal[0])
         command.run(request, Console(file=file, width=150), engine=Slow())
-    terminal[0].flush()
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", "".join(terminal[1]))
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal[1]())
     counts = [int(number) for number in re.findall(r"(\d+)/36", plain)]
     assert len(set(counts)) > 3, plain
     assert counts == sorted(counts)
